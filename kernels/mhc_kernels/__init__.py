@@ -1,0 +1,1 @@
+"""Fused hyper-connection kernels: references, Triton kernels, and the reports that prove them."""

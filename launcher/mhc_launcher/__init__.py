@@ -1,0 +1,1 @@
+"""Start mhc_dist anywhere. Nothing in this package imports torch."""

@@ -1,0 +1,1 @@
+"""Train mHC mixture-of-experts models with overlapped pipeline parallelism."""

@@ -1,0 +1,1 @@
+"""Corpus, token files and batches."""

@@ -1,0 +1,1 @@
+"""What protects a run: peer liveness, signals, exit codes."""

@@ -1,0 +1,1 @@
+"""Optimizer engine (DeepSpeed) and learning-rate schedule."""

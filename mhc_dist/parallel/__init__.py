@@ -1,0 +1,1 @@
+"""How the mathematics is spread out over ranks: partition and expert exchange."""

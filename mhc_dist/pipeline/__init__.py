@@ -1,0 +1,1 @@
+"""When each rank does what: schedules, lowering, validation, simulation, execution."""

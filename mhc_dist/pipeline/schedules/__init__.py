@@ -1,0 +1,1 @@
+"""Coarse schedules as pure functions of (ranks, microbatches); standard library only."""
