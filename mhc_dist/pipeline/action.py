@@ -1,0 +1,157 @@
+"""The vocabulary of a pipeline program: what one rank can be told to do. Standard library only.
+
+A `Program` is plain data: one tuple of `Action` per rank. The same object is validated, simulated and
+executed, so what was proven about it is what runs.
+
+Words used everywhere in this package:
+
+* *chunk*: consecutive layers, numbered in model order; `chunk_rank[c]` is the rank that owns chunk c.
+* *item*: one node of a chunk's dataflow, either a *phase* (local compute) or an *exchange* (a collective
+  over the expert group). Items read and write named values; every value is written once.
+* *pass*: forward or backward. The backward of an item mirrors it: it consumes the gradients of what the
+  item wrote and produces the gradients of what it read.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass
+from enum import StrEnum
+
+CHUNK_INPUT = "input"
+"""Name of the value a chunk receives: the streams of the previous chunk, or the tokens for chunk 0."""
+
+CHUNK_OUTPUT = "output"
+"""Name of the value a chunk hands on: its streams, or the loss for the last chunk."""
+
+
+class Pass(StrEnum):
+    """Direction of travel through the model."""
+
+    FORWARD = "F"
+    BACKWARD = "B"
+
+
+class ActionKind(StrEnum):
+    """What a rank does. The comment names the fields of `Action` each kind uses beyond chunk, microbatch."""
+
+    COMPUTE = "compute"  # item: run one phase forward
+    GRADIENT = "gradient"  # item, defer_weights: run one phase backward
+    WEIGHT = "weight"  # item: run the weight gradients that GRADIENT deferred
+    RECOMPUTE = "recompute"  # item: regenerate what the forward of that phase dropped
+    ISSUE = "issue"  # item, direction: start an exchange, return at once
+    WAIT = "wait"  # item, direction: complete an exchange
+    SEND = "send"  # direction, peer: start sending the chunk's output (F) or its input's gradient (B)
+    RECV = "recv"  # direction, peer: post the receive of the chunk's input (F) or output gradient (B)
+    ARRIVE = "arrive"  # direction, peer: complete a posted receive
+    HAND_OVER = "hand_over"  # direction: like SEND + ARRIVE when the neighbouring chunk is on the same rank
+    FREE = "free"  # drop everything held for (chunk, microbatch)
+    REDUCE = "reduce"  # reduce gradients over data ranks (no chunk)
+    STEP = "step"  # optimizer step (no chunk)
+
+
+@dataclass(frozen=True, slots=True)
+class Action:
+    """One instruction of one rank. Unused fields keep their defaults.
+
+    For SEND and HAND_OVER `chunk` is the producing chunk (F: its output; B: the gradient of its input).
+    For RECV and ARRIVE `chunk` is the consuming chunk.
+    """
+
+    kind: ActionKind
+    chunk: int = -1
+    microbatch: int = -1
+    item: str = ""
+    direction: Pass | None = None
+    peer: int | None = None
+    defer_weights: bool = False
+
+    def __str__(self) -> str:
+        parts = [self.kind.value if self.direction is None else f"{self.kind.value}.{self.direction.value}"]
+        if self.chunk >= 0:
+            parts.append(f"c{self.chunk} m{self.microbatch}")
+        if self.item:
+            parts.append(self.item)
+        if self.peer is not None:
+            parts.append(f"rank{self.peer}")
+        if self.defer_weights:
+            parts.append("defer")
+        return " ".join(parts)
+
+
+@dataclass(frozen=True, slots=True)
+class PhaseShape:
+    """A phase as the lowering sees it: name and dataflow, no code.
+
+    `has_weights` is false for phases without deferrable weight gradients: they get no WEIGHT action.
+    """
+
+    name: str
+    reads: tuple[str, ...]
+    writes: tuple[str, ...]
+    has_weights: bool = True
+
+
+@dataclass(frozen=True, slots=True)
+class ExchangeShape:
+    """An exchange over the expert group as the lowering sees it.
+
+    Non-differentiable exchanges (token counts) have no backward.
+    """
+
+    name: str
+    reads: tuple[str, ...]
+    writes: tuple[str, ...]
+    differentiable: bool = True
+
+
+ItemShape = PhaseShape | ExchangeShape
+
+
+@dataclass(frozen=True, slots=True)
+class ChunkShape:
+    """The dataflow of one chunk: items in forward order, from CHUNK_INPUT to CHUNK_OUTPUT."""
+
+    items: tuple[ItemShape, ...]
+
+    @property
+    def phases(self) -> tuple[PhaseShape, ...]:
+        return tuple(item for item in self.items if isinstance(item, PhaseShape))
+
+    @property
+    def exchanges(self) -> tuple[ExchangeShape, ...]:
+        return tuple(item for item in self.items if isinstance(item, ExchangeShape))
+
+
+@dataclass(frozen=True)
+class Program:
+    """Everything every rank does in one step (or one evaluation pass)."""
+
+    schedule: str
+    num_microbatches: int
+    chunk_rank: tuple[int, ...]
+    chunks: tuple[ChunkShape, ...]
+    actions: tuple[tuple[Action, ...], ...]
+    training: bool = True
+
+    @property
+    def num_ranks(self) -> int:
+        return len(self.actions)
+
+    def text(self) -> str:
+        """One action a line, rank by rank: what golden files hold and what the digest covers."""
+        lines = [
+            f"program {self.schedule} ranks={self.num_ranks} microbatches={self.num_microbatches}"
+            f" chunk_rank={','.join(map(str, self.chunk_rank))} training={self.training}"
+        ]
+        for index, chunk in enumerate(self.chunks):
+            lines.append(f"chunk {index}")
+            lines.extend(f"  {item}" for item in chunk.items)
+        for rank, actions in enumerate(self.actions):
+            lines.append(f"rank {rank}")
+            lines.extend(f"  {action}" for action in actions)
+        return "\n".join(lines) + "\n"
+
+    def digest(self) -> str:
+        """A hash that ranks compare before step 1: two ranks with different programs would hang."""
+        return hashlib.blake2b(self.text().encode(), digest_size=16).hexdigest()

@@ -1,0 +1,111 @@
+"""What the executor needs of a chunk: phases and exchanges as callables over named values.
+
+Nothing here knows about models. `parallel/chunk.py` builds these from model layers; tests build them from
+a few lines of arithmetic.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+
+from mhc_dist.pipeline.action import ChunkShape, ExchangeShape, PhaseShape
+
+
+class PendingExchange(Protocol):
+    """An exchange in flight."""
+
+    @property
+    def payload_bytes(self) -> int:
+        """Bytes this rank sends to other ranks."""
+        ...
+
+    def wait(self) -> Any:
+        """Block until complete and return what the exchange writes. Called exactly once."""
+        ...
+
+
+@dataclass(frozen=True)
+class Phase:
+    """Local compute. `run(*values of shape.reads)` returns the values of `shape.writes`, in order.
+
+    Values that are floating-point tensors are differentiable; everything else (token ids, routing plans)
+    passes through untouched. A phase runs as its own autograd segment.
+    """
+
+    shape: PhaseShape
+    run: Callable[..., Sequence[Any]]
+
+
+@dataclass(frozen=True)
+class Exchange:
+    """A collective outside autograd: `issue` starts the forward, `issue_gradient` the mirrored backward.
+
+    `issue(*values of shape.reads)` yields the one value of `shape.writes`. For a differentiable exchange the
+    first read value is the payload; `issue_gradient(gradient of the output, *values of shape.reads[1:])`
+    yields the gradient of the payload.
+    """
+
+    shape: ExchangeShape
+    issue: Callable[..., PendingExchange]
+    issue_gradient: Callable[..., PendingExchange] | None = None
+
+
+Item = Phase | Exchange
+
+
+class WeightQueue:
+    """Weight gradients that a backward phase has put off, in the order they were put off.
+
+    Linear layers ask `defer`; when nobody opened the queue they compute at once. Keys are
+    (chunk, microbatch, phase name).
+    """
+
+    def __init__(self) -> None:
+        self._pending: dict[tuple[int, int, str], list[Callable[[], None]]] = {}
+        self._open: tuple[int, int, str] | None = None
+
+    def open(self, key: tuple[int, int, str]) -> None:
+        """Collect what follows under `key`."""
+        assert self._open is None, f"queue already open for {self._open}"
+        self._open = key
+        self._pending[key] = []
+
+    def close(self) -> None:
+        self._open = None
+
+    @property
+    def is_open(self) -> bool:
+        return self._open is not None
+
+    def put(self, work: Callable[[], None]) -> None:
+        assert self._open is not None, "put on a closed queue"
+        self._pending[self._open].append(work)
+
+    def run(self, key: tuple[int, int, str]) -> None:
+        """Do the work put off under `key`, in order, and forget it."""
+        for work in self._pending.pop(key):
+            work()
+
+    @property
+    def num_pending(self) -> int:
+        return sum(len(works) for works in self._pending.values())
+
+
+class Chunk(Protocol):
+    """A chunk of the model on this rank."""
+
+    index: int
+    items: tuple[Item, ...]
+    weight_queue: WeightQueue
+
+    @property
+    def shape(self) -> ChunkShape: ...
+
+
+def empty_gradient_like(value: torch.Tensor) -> torch.Tensor:
+    """Zero gradient for an output nobody differentiated through."""
+    return torch.zeros_like(value)
