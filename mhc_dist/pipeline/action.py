@@ -24,6 +24,9 @@ CHUNK_INPUT = "input"
 CHUNK_OUTPUT = "output"
 """Name of the value a chunk hands on: its streams, or the loss for the last chunk."""
 
+CHUNK_TARGETS = "targets"
+"""Name of the value the last chunk reads beside its streams: the next tokens, given with the batch."""
+
 
 class Pass(StrEnum):
     """Direction of travel through the model."""
