@@ -1,0 +1,46 @@
+# Thin: every target is a line or two. `make train` and `make test` work from a fresh clone.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+PIP := $(BIN)/python -m pip --disable-pip-version-check -q
+JOBS ?= 2
+
+.PHONY: setup train test test-long check format clean
+
+setup: $(STAMP)
+
+$(STAMP): requirements.lock pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+	  { echo "setup: $(PYTHON) is missing or older than 3.11. Name a newer one: make setup PYTHON=python3.11" >&2; exit 1; }
+	@$(PYTHON) -c 'import venv, ensurepip' || \
+	  { echo "setup: $(PYTHON) has no venv module. On Debian: apt-get install python3-venv" >&2; exit 1; }
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@# DeepSpeed ships as source and asks the installed torch how to build itself, so torch comes first.
+	$(PIP) install -c requirements.lock setuptools wheel torch ninja py-cpuinfo packaging
+	$(PIP) install --no-build-isolation --no-deps -r requirements.lock
+	$(PIP) install --no-build-isolation --no-deps -e .
+	$(PIP) check
+	touch $(STAMP)
+
+train: setup
+	$(BIN)/mhc-dist train configs/tiny.yaml
+
+test: setup
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS)
+
+test-long: setup
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m long --timeout 1800
+
+check: setup
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports --no-logo
+
+format: setup
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+clean:
+	rm -rf $(VENV) build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache
