@@ -7,6 +7,7 @@ the ranks need (DeepSpeed above all) at the top of the test module.
 from __future__ import annotations
 
 import datetime
+import multiprocessing
 import os
 import pickle
 import signal
@@ -19,7 +20,6 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 
 
 class RankFailedError(AssertionError):
@@ -37,18 +37,20 @@ def run_ranks(
     with tempfile.TemporaryDirectory(prefix="ranks_") as name:
         folder = Path(name)
         deadline = time.monotonic() + timeout_seconds
-        context = mp.start_processes(
-            _rank_main,
-            args=(world_size, folder, timeout_seconds, function, arguments),
-            nprocs=world_size,
-            join=False,
-            start_method="fork",
-        )
+        fork = multiprocessing.get_context("fork")
+        processes = [
+            fork.Process(
+                target=_rank_main, args=(rank, world_size, folder, timeout_seconds, function, arguments)
+            )
+            for rank in range(world_size)
+        ]
+        for process in processes:
+            process.start()
         try:
-            _join_all(context.processes, folder, deadline, timeout_seconds)
+            _join_all(processes, folder, deadline, timeout_seconds)
         finally:
-            _kill(context.processes)
-        _raise_first_failure(folder, context.processes)
+            _kill(processes)
+        _raise_first_failure(folder, processes)
         return [pickle.loads((folder / f"result_{rank}").read_bytes()) for rank in range(world_size)]
 
 
@@ -70,16 +72,21 @@ def _rank_main(
             world_size=world_size,
             timeout=datetime.timedelta(seconds=timeout_seconds),
         )
-        try:
-            result = function(rank, *arguments)
-            # Leaving while a peer still reads from this rank would look to it like a crash.
-            dist.barrier()
-        finally:
-            dist.destroy_process_group()
-        _write(folder / f"result_{rank}", pickle.dumps(result))
+        _write_result(folder, rank, function, arguments)
     except BaseException:
+        # Written before the process group goes: its end makes the peers fail too.
         _write(folder / f"failure_{time.monotonic_ns():020d}_{rank}", traceback.format_exc().encode())
         raise SystemExit(1) from None
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
+
+
+def _write_result(folder: Path, rank: int, function: Callable[..., Any], arguments: tuple[Any, ...]) -> None:
+    result = function(rank, *arguments)
+    # Leaving while a peer still reads from this rank would look to it like a crash.
+    dist.barrier()
+    _write(folder / f"result_{rank}", pickle.dumps(result))
 
 
 def _write(path: Path, content: bytes) -> None:
