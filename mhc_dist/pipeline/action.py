@@ -126,6 +126,35 @@ class ChunkShape:
         return tuple(item for item in self.items if isinstance(item, ExchangeShape))
 
 
+@dataclass(frozen=True, slots=True)
+class Layout:
+    """Who owns which chunk, and which microbatches go through it."""
+
+    chunk_rank: tuple[int, ...]
+    num_microbatches: int
+    num_copies: int = 1
+
+    @property
+    def chunks_per_copy(self) -> int:
+        return len(self.chunk_rank) // self.num_copies
+
+    def previous(self, chunk: int) -> int | None:
+        """The chunk whose output `chunk` receives; None for the first chunk of the model."""
+        return None if chunk % self.chunks_per_copy == 0 else chunk - 1
+
+    def next(self, chunk: int) -> int | None:
+        """The chunk that receives the output of `chunk`; None for the last chunk of the model."""
+        return None if (chunk + 1) % self.chunks_per_copy == 0 else chunk + 1
+
+    def microbatches(self, chunk: int) -> range:
+        """Microbatches that go through `chunk`: all of them, or one half per copy of the model."""
+        copy = chunk // self.chunks_per_copy
+        return range(
+            copy * self.num_microbatches // self.num_copies,
+            (copy + 1) * self.num_microbatches // self.num_copies,
+        )
+
+
 @dataclass(frozen=True)
 class Program:
     """Everything every rank does in one step (or one evaluation pass)."""
@@ -136,16 +165,23 @@ class Program:
     chunks: tuple[ChunkShape, ...]
     actions: tuple[tuple[Action, ...], ...]
     training: bool = True
+    num_copies: int = 1
+    """2 when the chunks hold two copies of the model (see `CoarseSchedule`)."""
 
     @property
     def num_ranks(self) -> int:
         return len(self.actions)
 
+    @property
+    def layout(self) -> Layout:
+        return Layout(self.chunk_rank, self.num_microbatches, self.num_copies)
+
     def text(self) -> str:
         """One action a line, rank by rank: what golden files hold and what the digest covers."""
         lines = [
             f"program {self.schedule} ranks={self.num_ranks} microbatches={self.num_microbatches}"
-            f" chunk_rank={','.join(map(str, self.chunk_rank))} training={self.training}"
+            f" chunk_rank={','.join(map(str, self.chunk_rank))} copies={self.num_copies}"
+            f" training={self.training}"
         ]
         for index, chunk in enumerate(self.chunks):
             lines.append(f"chunk {index}")

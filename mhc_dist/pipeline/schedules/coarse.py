@@ -43,12 +43,17 @@ Slot = Op | Pair
 
 @dataclass(frozen=True)
 class CoarseSchedule:
-    """`ranks[r]` is what rank r runs; `chunk_rank[c]` owns chunk c; chunks are numbered in model order."""
+    """`ranks[r]` is what rank r runs; `chunk_rank[c]` owns chunk c; chunks are numbered in model order.
+
+    With `num_copies` 2 the model exists twice: the second half of the chunks repeats the first half on other
+    ranks, and the second half of the microbatches goes through it.
+    """
 
     name: str
     num_microbatches: int
     chunk_rank: tuple[int, ...]
     ranks: tuple[tuple[Slot, ...], ...]
+    num_copies: int = 1
 
     @property
     def num_ranks(self) -> int:

@@ -1,0 +1,39 @@
+"""The dataflow of one chunk, looked up both ways. Standard library only."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from mhc_dist.pipeline.action import CHUNK_INPUT, CHUNK_OUTPUT, ChunkShape, ExchangeShape, ItemShape
+
+
+class ChunkFlow:
+    """Who writes a value, who reads it, and who sends a gradient back to it."""
+
+    def __init__(self, shape: ChunkShape) -> None:
+        self.shape = shape
+        self.items: dict[str, ItemShape] = {item.name: item for item in shape.items}
+        self.writer: dict[str, ItemShape] = {}
+        self.gradient_readers: dict[str, list[ItemShape]] = {CHUNK_INPUT: []}
+        for item in shape.items:
+            for value in item.reads:
+                if value not in self.gradient_readers:
+                    raise ValueError(f"{item.name} reads {value!r}, which nothing before it writes.")
+            for value in values_with_gradient(item):
+                self.gradient_readers[value].append(item)
+            for value in item.writes:
+                if value in self.gradient_readers:
+                    raise ValueError(f"{item.name} writes {value!r}, which was already written.")
+                self.writer[value] = item
+                self.gradient_readers[value] = []
+        if len(self.items) != len(shape.items):
+            raise ValueError("two items of one chunk have the same name.")
+        if CHUNK_OUTPUT not in self.writer:
+            raise ValueError(f"no item of the chunk writes {CHUNK_OUTPUT!r}.")
+
+
+def values_with_gradient(item: ItemShape) -> Iterable[str]:
+    """What the backward of `item` sends a gradient to: all reads of a phase, the payload of an exchange."""
+    if isinstance(item, ExchangeShape):
+        return item.reads[:1] if item.differentiable else ()
+    return dict.fromkeys(item.reads)
