@@ -1,0 +1,114 @@
+"""The seam in plain torch, equation by equation: slow, obvious, and the oracle of every other backend.
+
+Shapes: T tokens, N streams (n), C channels, M coefficients per token. Coefficients are fp32 (fp64 for fp64
+streams); equation numbers are the mHC paper's (arXiv:2512.24880).
+"""
+
+from __future__ import annotations
+
+import itertools
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from mhc_kernels.spec import Connection, ConnectionSpec, Mixing, coefficient_dtype
+
+SMALLEST_LOG_RATIO = -80.0
+"""exp(-80) is the smallest entry Sinkhorn starts from. Below it fp32 underflows and an all-zero row would be
+0/0; logits that differ by less than 80 are not touched."""
+
+
+class Coefficients(NamedTuple):
+    pre_TN: Tensor
+    post_TN: Tensor
+    res_TNN: Tensor | None
+
+
+def normalised_projection(streams_TNC: Tensor, phi_MD: Tensor, norm_eps: float) -> Tensor:
+    """phi vec(x) / rms(vec(x)), (T, M): Eq. 10-12. One statistic over all n*C elements, divided last."""
+    x_TD = streams_TNC.flatten(1).to(phi_MD.dtype)
+    rstd_T1 = (x_TD.square().mean(-1, keepdim=True) + norm_eps).rsqrt()
+    return (x_TD @ phi_MD.T) * rstd_T1
+
+
+def logits(mix_TM: Tensor, alpha_3: Tensor, bias_M: Tensor, num_streams: int) -> Tensor:
+    """alpha * mix + bias with one alpha each for pre, post and res: Eq. 13."""
+    lengths = torch.tensor(
+        [num_streams, num_streams, mix_TM.shape[-1] - 2 * num_streams], device=alpha_3.device
+    )
+    alpha_M = alpha_3.repeat_interleave(lengths, output_size=mix_TM.shape[-1])
+    return alpha_M * mix_TM + bias_M
+
+
+def sinkhorn(logits_TNN: Tensor, iterations: int, eps: float) -> Tensor:
+    """Eq. 9, [out, in]: columns first, rows last. The softmax over `out` is exp and the first column step."""
+    shifted_TNN = logits_TNN - logits_TNN.amax(-2, keepdim=True).detach()
+    res_TNN = shifted_TNN.clamp(min=SMALLEST_LOG_RATIO).softmax(-2) + eps
+    res_TNN = res_TNN / (res_TNN.sum(-1, keepdim=True) + eps)
+    for _ in range(iterations - 1):
+        res_TNN = res_TNN / (res_TNN.sum(-2, keepdim=True) + eps)
+        res_TNN = res_TNN / (res_TNN.sum(-1, keepdim=True) + eps)
+    return res_TNN
+
+
+def permutation_matrices(num_streams: int) -> Tensor:
+    """All n! permutation matrices in lexicographic order, (n!, n, n) fp64; the first is the identity."""
+    return torch.stack(
+        [
+            torch.eye(num_streams, dtype=torch.float64)[list(p)]
+            for p in itertools.permutations(range(num_streams))
+        ]
+    )
+
+
+def permutation_mixture(logits_TP: Tensor, num_streams: int) -> Tensor:
+    """mHC-lite: sum_p softmax(logits)_p * P_p, exactly doubly stochastic (Birkhoff)."""
+    matrices_PNN = permutation_matrices(num_streams).to(logits_TP)
+    return (logits_TP.softmax(-1) @ matrices_PNN.flatten(1)).reshape(-1, num_streams, num_streams)
+
+
+def coefficients(mix_TM: Tensor, alpha_3: Tensor, bias_M: Tensor, spec: ConnectionSpec) -> Coefficients:
+    """H_pre = sigmoid, H_post = 2 sigmoid, H_res = doubly stochastic: Eq. 14-19."""
+    n = spec.num_streams
+    logits_TM = logits(mix_TM, alpha_3, bias_M, n)
+    pre_TN = logits_TM[:, :n].sigmoid() + spec.pre_eps
+    post_TN = 2.0 * logits_TM[:, n : 2 * n].sigmoid()
+    res_TNN: Tensor | None = None
+    match spec.mixing:
+        case Mixing.SINKHORN:
+            res_TNN = sinkhorn(
+                logits_TM[:, 2 * n :].reshape(-1, n, n), spec.sinkhorn_iterations, spec.sinkhorn_eps
+            )
+        case Mixing.PERMUTATIONS:
+            res_TNN = permutation_mixture(logits_TM[:, 2 * n :], n)
+        case Mixing.IDENTITY:
+            pass
+    return Coefficients(pre_TN, post_TN, res_TNN)
+
+
+def connection_coefficients(streams_TNC: Tensor, connection: Connection) -> Coefficients:
+    mix_TM = normalised_projection(streams_TNC, connection.phi_MD, connection.spec.projection_norm_eps)
+    return coefficients(mix_TM, connection.alpha_3, connection.bias_M, connection.spec)
+
+
+def update(streams_TNC: Tensor, y_TC: Tensor, post_TN: Tensor, res_TNN: Tensor | None) -> Tensor:
+    """x'[o] = sum_i res[o, i] x[i] + post[o] y: Eq. 3, rounded to the streams' dtype."""
+    exact = post_TN.dtype
+    x_TNC = streams_TNC.to(exact)
+    mixed_TNC = x_TNC if res_TNN is None else torch.einsum("toi,tic->toc", res_TNN, x_TNC)
+    return (mixed_TNC + post_TN.unsqueeze(-1) * y_TC.to(exact).unsqueeze(1)).to(streams_TNC.dtype)
+
+
+def collapse(streams_TNC: Tensor, pre_TN: Tensor) -> Tensor:
+    """sum_i pre[i] x[i], (T, C), in the coefficients' dtype."""
+    return (pre_TN.unsqueeze(-1) * streams_TNC.to(pre_TN.dtype)).sum(1)
+
+
+def reciprocal_rms(u_TC: Tensor, eps: float) -> Tensor:
+    return (u_TC.square().mean(-1) + eps).rsqrt()
+
+
+def sublayer_input(u_TC: Tensor, rstd_T: Tensor, gain_C: Tensor, stream_dtype: torch.dtype) -> Tensor:
+    """RMSNorm of the collapsed streams, rounded once at the end."""
+    return (u_TC * rstd_T.unsqueeze(-1) * gain_C.to(coefficient_dtype(stream_dtype))).to(stream_dtype)

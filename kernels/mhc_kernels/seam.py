@@ -1,0 +1,40 @@
+"""The public face of the package: types of the seam and the choice of a backend.
+
+backend = make_backend("reference")
+seam = backend.open(streams_TNC, connections[0])
+for l in range(1, num_sublayers):
+    y_TC = functions[l - 1](seam.h_TC)
+    seam = backend.cross(seam.streams_TNC, y_TC, seam.post_TN, seam.res_TNN, connections[l])
+streams_TNC = backend.close(seam.streams_TNC, functions[-1](seam.h_TC), seam.post_TN, seam.res_TNN)
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from mhc_kernels.reference_backend import ReferenceBackend
+from mhc_kernels.spec import Connection, ConnectionSpec, Kept, Mixing, Regenerated, Seam, SeamBackend
+
+BackendName = Literal["reference"]
+BACKEND_NAMES: tuple[BackendName, ...] = ("reference",)
+
+__all__ = [
+    "BACKEND_NAMES",
+    "BackendName",
+    "Connection",
+    "ConnectionSpec",
+    "Kept",
+    "Mixing",
+    "Regenerated",
+    "Seam",
+    "SeamBackend",
+    "make_backend",
+]
+
+
+def make_backend(name: BackendName) -> SeamBackend:
+    """The named backend; one that cannot run here raises ValueError. Nothing is replaced silently."""
+    match name:
+        case "reference":
+            return ReferenceBackend()
+    raise ValueError(f"kernel backend {name!r} is unknown: use one of {', '.join(BACKEND_NAMES)}")

@@ -1,0 +1,104 @@
+"""Shared inputs of the kernel tests: connections and streams from a seed."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from mhc_kernels.seam import Connection, ConnectionSpec, Mixing, Seam, SeamBackend
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Case:
+    num_tokens: int
+    channels: int
+    spec: ConnectionSpec
+    logit_scale: float = 1.0
+    seed: int = 0
+
+
+@dataclass
+class Inputs:
+    """Leaf tensors of a three-sublayer chain: open, cross, close."""
+
+    streams_TNC: Tensor
+    ys: list[Tensor]
+    connections: list[Connection]
+
+    def leaves(self) -> dict[str, Tensor]:
+        named = {"streams": self.streams_TNC}
+        named |= {f"y{index}": y for index, y in enumerate(self.ys)}
+        for index, connection in enumerate(self.connections):
+            for field in ("phi_MD", "alpha_3", "bias_M", "gain_C"):
+                named[f"{field}{index}"] = getattr(connection, field)
+        return named
+
+
+def make_inputs(case: Case, dtype: torch.dtype, sublayers: int = 2) -> Inputs:
+    """Values are drawn in fp32 and rounded to `dtype`, so that every precision starts from the same numbers
+    when `dtype` is fp32 or fp64; parameters of bf16 inputs stay fp32."""
+    generator = torch.Generator().manual_seed(case.seed)
+    n, m = case.spec.num_streams, case.spec.num_coefficients
+    exact = torch.float64 if dtype == torch.float64 else torch.float32
+
+    def draw(*shape: int, scale: float = 1.0, into: torch.dtype = exact) -> Tensor:
+        return (torch.randn(*shape, generator=generator) * scale).to(into).requires_grad_()
+
+    streams_TNC = draw(case.num_tokens, n, case.channels, into=dtype)
+    ys = [draw(case.num_tokens, case.channels, into=dtype) for _ in range(sublayers)]
+    connections = [
+        Connection(
+            draw(m, n * case.channels, scale=(n * case.channels) ** -0.5),
+            draw(3, scale=case.logit_scale),
+            draw(m, scale=case.logit_scale),
+            draw(case.channels, scale=0.3),
+            case.spec,
+        )
+        for _ in range(sublayers)
+    ]
+    return Inputs(streams_TNC, ys, connections)
+
+
+def chain(backend: SeamBackend, inputs: Inputs) -> tuple[Tensor, list[Seam]]:
+    """open, cross ..., close over all sublayers; y * h stands in for a sublayer function, so
+    that gradients travel through h as in a model."""
+    spec = inputs.connections[0].spec
+    seam = backend.open(inputs.streams_TNC, inputs.connections[0])
+    seams = [seam]
+    for y_TC, connection in zip(inputs.ys[:-1], inputs.connections[1:], strict=True):
+        carried = seam.pre_TN if spec.shifted_pre else None
+        seam = backend.cross(
+            seam.streams_TNC, y_TC * seam.h_TC, seam.post_TN, seam.res_TNN, connection, carried
+        )
+        seams.append(seam)
+    out_TNC = backend.close(seam.streams_TNC, inputs.ys[-1] * seam.h_TC, seam.post_TN, seam.res_TNN)
+    return out_TNC, seams
+
+
+def gradients(backend: SeamBackend, inputs: Inputs) -> dict[str, Tensor]:
+    """Gradients of a fixed random projection of the chain's output with respect to every leaf."""
+    out_TNC, _ = chain(backend, inputs)
+    generator = torch.Generator().manual_seed(99)
+    weight_TNC = torch.randn(out_TNC.shape, generator=generator).to(out_TNC.dtype)
+    leaves = inputs.leaves()
+    grads = torch.autograd.grad((out_TNC * weight_TNC).sum(), list(leaves.values()), allow_unused=True)
+    return {name: grad for name, grad in zip(leaves, grads, strict=True) if grad is not None}
+
+
+def relative_error(value: Tensor, oracle: Tensor) -> float:
+    """|value - oracle| / |oracle| in the 2-norm, in fp64."""
+    value, oracle = value.detach().double(), oracle.detach().double()
+    return ((value - oracle).norm() / oracle.norm().clamp(min=1e-300)).item()
+
+
+ALL_SPECS = [
+    ConnectionSpec(num_streams=4),
+    ConnectionSpec(num_streams=4, sinkhorn_eps=1e-6, pre_eps=1e-6),
+    ConnectionSpec(num_streams=2),
+    ConnectionSpec(num_streams=8),
+    ConnectionSpec(num_streams=4, mixing=Mixing.IDENTITY),
+    ConnectionSpec(num_streams=4, mixing=Mixing.PERMUTATIONS),
+    ConnectionSpec(num_streams=2, mixing=Mixing.PERMUTATIONS),
+    ConnectionSpec(num_streams=4, shifted_pre=True),
+]
