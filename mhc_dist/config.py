@@ -1,22 +1,56 @@
 """One YAML file describes one run. These models check it; nothing here imports torch.
 
+    config = load_config("configs/tiny.yaml", ["train.steps=20"])     raises ConfigError
+    text = dump_config(config)                                        loads back to an equal config
+
 Unknown keys are refused everywhere, so that a misspelled option cannot be silently ignored.
 """
 
 from __future__ import annotations
 
+import re
+from collections.abc import Sequence
 from enum import StrEnum
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
-from pydantic import model_validator
+import yaml
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    NonNegativeFloat,
+    NonNegativeInt,
+    PositiveFloat,
+    PositiveInt,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
+
+from mhc_dist.config_checks import disagreements
+from mhc_dist.config_text import ConfigError, ReadableDumper, apply_override, describe, parse_yaml
+
+__all__ = ["ConfigError", "ResidualKind", "RunConfig", "dump_config", "load_config"]
 
 
 class Section(BaseModel):
     """Base of every section: unknown keys are errors, values do not change after loading."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _no_booleans(cls, value: Any) -> Any:
+        """No key is a switch, and YAML reads `on` and `yes` as true: never take those for the number 1."""
+        if isinstance(value, bool):
+            raise ValueError("a number or a word, not true or false")
+        return value
+
+
+Port = Annotated[int, Field(ge=0, le=65535)]
+Fraction = Annotated[float, Field(gt=0.0, lt=1.0)]
+Beta = Annotated[float, Field(ge=0.0, lt=1.0)]
 
 
 class ModelConfig(Section):
@@ -97,16 +131,16 @@ class DataConfig(Section):
     """`python-stdlib`, a folder of text files, or a prepared token file (`mhc-dist data prepare`)."""
     sequence_length: PositiveInt = 256
     sequences_per_microbatch: PositiveInt = 1
-    validation_fraction: float = Field(default=0.05, gt=0.0, lt=1.0)
+    validation_fraction: Fraction = 0.05
     seed: NonNegativeInt = 0
 
 
 class OptimConfig(Section):
     peak_learning_rate: PositiveFloat = 1.0e-3
     warmup_steps: NonNegativeInt = 10
-    decay_at: tuple[tuple[float, float], ...] = ((0.8, 0.316), (0.9, 0.1))
+    decay_at: tuple[tuple[Fraction, PositiveFloat], ...] = ((0.8, 0.316), (0.9, 0.1))
     """(fraction of training, factor on the peak rate) pairs, in order."""
-    betas: tuple[float, float] = (0.9, 0.95)
+    betas: tuple[Beta, Beta] = (0.9, 0.95)
     eps: PositiveFloat = 1.0e-8
     weight_decay: NonNegativeFloat = 0.1
     gradient_clipping: NonNegativeFloat = 1.0
@@ -115,6 +149,7 @@ class OptimConfig(Section):
 
 class TrainConfig(Section):
     name: str = "run"
+    """Names the run's folder, output/name."""
     output: Path = Path("runs")
     steps: PositiveInt = 100
     precision: Literal["fp32", "bf16"] = "fp32"
@@ -126,13 +161,20 @@ class TrainConfig(Section):
     timeout_seconds: PositiveFloat = 60.0
     """Longest silence of a peer before the run is ended."""
 
+    @field_validator("name")
+    @classmethod
+    def _name_is_one_folder(cls, name: str) -> str:
+        if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", name):
+            raise ValueError("letters, digits, dots, dashes and underscores: it names a folder")
+        return name
+
 
 class CheckpointConfig(Section):
     """Reserved for checkpoints; see the README for what is supported."""
 
 
 class ObserveConfig(Section):
-    metrics_port: NonNegativeInt = 9400
+    metrics_port: Port = 9400
     """Rank r of a node exports on metrics_port + local rank; 0 switches the exporter off."""
 
 
@@ -153,6 +195,64 @@ class RunConfig(Section):
     deepspeed: dict[str, Any] = Field(default_factory=dict)
     """Passed through to DeepSpeed after checks; options that break correctness here are refused."""
 
+    @model_validator(mode="before")
+    @classmethod
+    def _empty_sections(cls, document: Any) -> Any:
+        """A section with nothing but comments below it is YAML's null: every key keeps its default."""
+        if not isinstance(document, dict):
+            return document
+        return {name: {} if section is None else section for name, section in document.items()}
+
     @model_validator(mode="after")
-    def _cross_checks(self) -> RunConfig:
+    def _sections_agree(self) -> Self:
+        if problems := disagreements(self):
+            raise ValueError("\n".join(problems))
         return self
+
+    @property
+    def folder(self) -> Path:
+        """Where everything this run writes goes."""
+        return self.train.output / self.train.name
+
+    @property
+    def num_processes(self) -> int:
+        return self.parallel.pipeline * self.parallel.data
+
+
+def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
+    """Read and check a run's YAML file; `overrides` are `section.key=value`, applied in order.
+
+    Raises ConfigError with one message that names every problem.
+    """
+    try:
+        text = Path(path).read_text(encoding="utf-8")
+    except FileNotFoundError:
+        raise ConfigError(f"{path}: no such file. Examples are in configs/.") from None
+    except OSError as error:
+        raise ConfigError(f"{path}: cannot be read: {error.strerror}") from None
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"{path}: not a text file: byte {error.start} is not UTF-8") from None
+    document = parse_yaml(text, str(path))
+    if not isinstance(document, dict):
+        found = "nothing" if document is None else type(document).__name__
+        raise ConfigError(f"{path}: sections such as `model:` and `train:` are expected, found {found}")
+    for override in overrides:
+        apply_override(document, override)
+    try:
+        return RunConfig.model_validate(document)
+    except ValidationError as error:
+        problems = describe(error, RunConfig, document)
+        source = f"{path} with --set {' --set '.join(overrides)}" if overrides else str(path)
+        raise ConfigError("\n  ".join([f"{source}: cannot run this:", *problems])) from None
+
+
+def dump_config(config: RunConfig) -> str:
+    """The complete run as YAML, every key written out; `load_config` reads back an equal config."""
+    text: str = yaml.dump(
+        config.model_dump(mode="json"),
+        Dumper=ReadableDumper,
+        sort_keys=False,
+        default_flow_style=False,
+        width=110,
+    )
+    return text

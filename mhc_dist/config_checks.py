@@ -1,0 +1,98 @@
+"""What single values cannot tell: whether the sections of a run agree with each other.
+
+Each check answers with a sentence that carries the numbers and the remedy, or says nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
+from mhc_dist.pipeline.schedules.registry import make_schedule
+from mhc_dist.topology import Topology
+
+if TYPE_CHECKING:
+    from mhc_dist.config import RunConfig
+
+
+def disagreements(config: RunConfig) -> list[str]:
+    """One sentence per problem; an empty list means that the run is possible."""
+    checks = (_model, _residual, _experts, _schedule, _optimizer, _ports)
+    return [problem for check in checks for problem in check(config)]
+
+
+def _model(config: RunConfig) -> Iterator[str]:
+    model = config.model
+    if model.rope_dim % 2:
+        yield (
+            f"model.rope_dim={model.rope_dim} is odd: RoPE rotates pairs of values."
+            f" Set model.rope_dim to {model.rope_dim + 1}."
+        )
+    if model.num_active_experts > model.num_experts:
+        yield (
+            f"model.num_active_experts={model.num_active_experts} is more than"
+            f" model.num_experts={model.num_experts}. Lower the one or raise the other."
+        )
+    if model.num_dense_layers > model.num_layers:
+        yield (
+            f"model.num_dense_layers={model.num_dense_layers} is more than"
+            f" model.num_layers={model.num_layers}. Set model.num_dense_layers to {model.num_layers} or less."
+        )
+
+
+def _residual(config: RunConfig) -> Iterator[str]:
+    residual = config.residual
+    if residual.kind.value == "residual" and residual.num_streams != 1:
+        yield (
+            f"residual.num_streams={residual.num_streams} with residual.kind=residual: the plain residual"
+            " has one stream. Set residual.num_streams=1, or choose another residual.kind."
+        )
+
+
+def _experts(config: RunConfig) -> Iterator[str]:
+    parallel, num_experts = config.parallel, config.model.num_experts
+    try:
+        Topology(parallel.pipeline, parallel.data, parallel.expert).check()
+    except ValueError as error:
+        yield str(error)
+    if num_experts % parallel.expert:
+        yield (
+            f"parallel.expert={parallel.expert} does not divide model.num_experts={num_experts}: every"
+            f" rank holds the same number of experts. Set parallel.expert to a divisor of {num_experts}, or"
+            f" model.num_experts to {num_experts + parallel.expert - num_experts % parallel.expert}."
+        )
+
+
+def _schedule(config: RunConfig) -> Iterator[str]:
+    pipeline = config.parallel.pipeline
+    try:
+        schedule = make_schedule(config.schedule.name, pipeline, config.schedule.num_microbatches)
+    except ValueError as error:
+        yield f"schedule.name={config.schedule.name} with parallel.pipeline={pipeline}: {error}"
+        return
+    num_chunks = len(schedule.chunk_rank)
+    if config.model.num_layers < num_chunks:
+        yield (
+            f"model.num_layers={config.model.num_layers} is less than the {num_chunks} chunks that"
+            f" schedule.name={config.schedule.name} cuts the model into on parallel.pipeline={pipeline}"
+            f" ranks: each chunk needs a layer. Raise model.num_layers to {num_chunks}, or lower"
+            " parallel.pipeline."
+        )
+
+
+def _optimizer(config: RunConfig) -> Iterator[str]:
+    fractions = [fraction for fraction, _ in config.optim.decay_at]
+    if fractions != sorted(set(fractions)):
+        yield (
+            f"optim.decay_at has its steps at {fractions} of training, which is not increasing."
+            " Write them in order, each once."
+        )
+
+
+def _ports(config: RunConfig) -> Iterator[str]:
+    port, processes = config.observe.metrics_port, config.parallel.pipeline * config.parallel.data
+    if port and port + processes - 1 > 65535:
+        yield (
+            f"observe.metrics_port={port} plus {processes} processes passes 65535, the last port."
+            f" Set observe.metrics_port to {65536 - processes} or less, or to 0 for no exporter."
+        )
