@@ -10,8 +10,6 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-import torch
-
 from mhc_dist.pipeline.action import ChunkShape, ExchangeShape, PhaseShape
 
 
@@ -99,13 +97,6 @@ class Chunk(Protocol):
     """A chunk of the model on this rank."""
 
     index: int
+    shape: ChunkShape
     items: tuple[Item, ...]
     weight_queue: WeightQueue
-
-    @property
-    def shape(self) -> ChunkShape: ...
-
-
-def empty_gradient_like(value: torch.Tensor) -> torch.Tensor:
-    """Zero gradient for an output nobody differentiated through."""
-    return torch.zeros_like(value)

@@ -1,0 +1,69 @@
+"""Multi-head latent attention (DeepSeek-V2/V3) without query compression.
+
+Shapes: B sequences, L positions, H heads, T = B * L tokens, C hidden size, K = head_dim, R = rope_dim,
+V = value_dim.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from mhc_dist.config import ModelConfig
+from mhc_dist.model.linear import Linear
+from mhc_dist.model.norm import RMSNorm
+
+
+def rotary_angles(length: int, rope_dim: int, theta: float, device: torch.device) -> tuple[Tensor, Tensor]:
+    """cos and sin of position * theta^(-2i / rope_dim), each (length, rope_dim / 2) fp32."""
+    frequency = theta ** (-torch.arange(0, rope_dim, 2, dtype=torch.float64, device=device) / rope_dim)
+    angle = torch.arange(length, dtype=torch.float64, device=device)[:, None] * frequency
+    return angle.cos().float(), angle.sin().float()
+
+
+def rotate(x_BLHR: Tensor, cos_LR: Tensor, sin_LR: Tensor) -> Tensor:
+    """Rotate consecutive pairs (x_2i, x_2i+1) by their position's angle; dtype kept."""
+    even, odd = x_BLHR.float().unflatten(-1, (-1, 2)).unbind(-1)
+    cos, sin = cos_LR[:, None, :], sin_LR[:, None, :]
+    return torch.stack((even * cos - odd * sin, even * sin + odd * cos), dim=-1).flatten(-2).to(x_BLHR.dtype)
+
+
+class LatentAttention(nn.Module):
+    """Causal attention whose keys and values are expanded from a kv_rank-wide latent per token.
+
+    Queries and keys are [head_dim without position | rope_dim with RoPE]; the RoPE key is shared by heads.
+    """
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.config = config
+        width, heads = config.hidden_size, config.num_heads
+        self.query = Linear(width, heads * (config.head_dim + config.rope_dim))
+        self.latent = Linear(width, config.kv_rank + config.rope_dim)
+        self.latent_norm = RMSNorm(config.kv_rank, config.norm_eps)
+        self.key_value = Linear(config.kv_rank, heads * (config.head_dim + config.value_dim))
+        self.output = Linear(heads * config.value_dim, width)
+
+    def forward(self, h_TC: Tensor, num_sequences: int) -> Tensor:
+        """h_TC holds `num_sequences` sequences of equal length one after the other; returns (T, C)."""
+        c = self.config
+        h_BLC = h_TC.unflatten(0, (num_sequences, -1))
+        length = h_BLC.shape[1]
+        cos, sin = rotary_angles(length, c.rope_dim, c.rope_theta, h_TC.device)
+
+        query = self.query(h_BLC).unflatten(-1, (c.num_heads, c.head_dim + c.rope_dim))
+        query_plain, query_rope = query.split((c.head_dim, c.rope_dim), dim=-1)
+        latent, key_rope = self.latent(h_BLC).split((c.kv_rank, c.rope_dim), dim=-1)
+        key_value = self.key_value(self.latent_norm(latent)).unflatten(-1, (c.num_heads, -1))
+        key_plain, value = key_value.split((c.head_dim, c.value_dim), dim=-1)
+
+        query_rope = rotate(query_rope, cos, sin)
+        key_rope = rotate(key_rope.unsqueeze(2), cos, sin).expand(-1, -1, c.num_heads, -1)
+        q_BHLD = torch.cat((query_plain, query_rope), dim=-1).transpose(1, 2)
+        k_BHLD = torch.cat((key_plain, key_rope), dim=-1).transpose(1, 2)
+        o_BHLV = functional.scaled_dot_product_attention(
+            q_BHLD, k_BHLD, value.transpose(1, 2), is_causal=True
+        )
+        y_BLC: Tensor = self.output(o_BHLV.transpose(1, 2).flatten(2))
+        return y_BLC.flatten(0, 1)

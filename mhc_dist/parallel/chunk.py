@@ -1,0 +1,219 @@
+"""A chunk of the model as phases and exchanges: where the maths meets the pipeline.
+
+Consecutive layers are cut where tokens leave for their experts. Between two such places everything is
+local, so one phase holds: the end of the last expert layer (unpermute, streams updated), any dense layers,
+attention, and the next router. For the MoE layers k of a chunk, in forward order:
+
+    attention.k   from the chunk's input or the previous experts' answers to the routed rows of layer k
+    counts.k      how many rows go where                  (exchange, no gradient)
+    dispatch.k    rows to experts                         (exchange)
+    shared.k      shared experts: needs no exchange, so it can run while rows fly
+    experts.k     routed experts
+    combine.k     answers back                            (exchange)
+
+and one last phase `finish` takes the last answers to the chunk's output (streams, or the loss).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+from mhc_kernels.seam import SeamBackend
+from torch import Tensor, nn
+
+from mhc_dist.config import RunConfig
+from mhc_dist.model.hyper_connection import Entry, Mix, SublayerConnection
+from mhc_dist.model.language_model import Embedding, Head
+from mhc_dist.model.layer import Layer, is_dense
+from mhc_dist.model.linear import attach_queue
+from mhc_dist.model.moe import MixtureOfExperts, permute, plan_rows, unpermute
+from mhc_dist.parallel.expert_exchange import ArrivalPlan, ExpertExchange, sort_by_expert, sort_by_sender
+from mhc_dist.pipeline.action import (
+    CHUNK_INPUT,
+    CHUNK_OUTPUT,
+    CHUNK_TARGETS,
+    ChunkShape,
+    ExchangeShape,
+    ItemShape,
+    PhaseShape,
+)
+from mhc_dist.pipeline.phase import Exchange, Item, Phase, WeightQueue
+
+
+@dataclass(frozen=True)
+class ChunkPlace:
+    """Which part of the model a chunk is: layers first..last-1, and whether it starts or ends the model."""
+
+    index: int
+    first_layer: int
+    last_layer: int
+    is_first: bool
+    is_last: bool
+
+
+def chunk_shape(config: RunConfig, place: ChunkPlace) -> ChunkShape:
+    """The dataflow of a chunk, from the configuration alone: what schedules and simulators work on."""
+    items: list[ItemShape] = []
+    carried: tuple[str, ...] = (CHUNK_INPUT,)
+    for k in _expert_layers(config, place):
+        written = tuple(
+            f"{name}.{k}" for name in ("streams", "post", "res", "hidden", "weights", "rows", "plan", "sent")
+        )
+        items.append(PhaseShape(f"attention.{k}", carried, written))
+        items.append(ExchangeShape(f"counts.{k}", (f"sent.{k}",), (f"arrival.{k}",), differentiable=False))
+        items.append(ExchangeShape(f"dispatch.{k}", (f"rows.{k}", f"arrival.{k}"), (f"arrived.{k}",)))
+        if config.model.num_shared_experts:
+            items.append(PhaseShape(f"shared.{k}", (f"hidden.{k}",), (f"shared.{k}",)))
+        items.append(PhaseShape(f"experts.{k}", (f"arrived.{k}", f"arrival.{k}"), (f"answers.{k}",)))
+        items.append(ExchangeShape(f"combine.{k}", (f"answers.{k}", f"arrival.{k}"), (f"returned.{k}",)))
+        carried = (f"streams.{k}", f"post.{k}", f"res.{k}", f"weights.{k}", f"plan.{k}", f"returned.{k}")
+        if config.model.num_shared_experts:
+            carried += (f"shared.{k}",)
+    reads = (*carried, CHUNK_TARGETS) if place.is_last else carried
+    items.append(PhaseShape("finish", reads, (CHUNK_OUTPUT,)))
+    return ChunkShape(tuple(items))
+
+
+def _expert_layers(config: RunConfig, place: ChunkPlace) -> list[int]:
+    return [k for k in range(place.first_layer, place.last_layer) if not is_dense(config, k)]
+
+
+class _Between(NamedTuple):
+    """Where a phase stands between two sublayers: streams not yet joined by the last output y."""
+
+    streams_TNC: Tensor
+    y_TC: Tensor
+    mix: Mix
+
+
+class ModelChunk(nn.Module):
+    """Layers first..last-1 of the model (with this rank's experts), cut into phases.
+
+    Parameter names equal those of `LanguageModel`, so that names are the same on every topology.
+    """
+
+    def __init__(
+        self,
+        config: RunConfig,
+        place: ChunkPlace,
+        backend: SeamBackend,
+        exchange: ExpertExchange,
+        expert_rank: int,
+    ) -> None:
+        super().__init__()
+        self.config, self.place, self.exchange = config, place, exchange
+        self.num_sequences = config.data.sequences_per_microbatch
+        num_local = exchange.num_local_experts
+        if place.is_first:
+            self.embedding = Embedding(config)
+        self.layers = nn.ModuleDict(
+            {
+                str(k): Layer(config, k, backend, expert_rank * num_local, num_local)
+                for k in range(place.first_layer, place.last_layer)
+            }
+        )
+        if place.is_last:
+            self.head = Head(config)
+        self.index = place.index
+        self.weight_queue = WeightQueue()
+        attach_queue(self, self.weight_queue)
+        self.shape = chunk_shape(config, place)
+        self.items: tuple[Item, ...] = tuple(self._item(shape) for shape in self.shape.items)
+
+    def _item(self, shape: ItemShape) -> Item:
+        kind, _, number = shape.name.partition(".")
+        k = int(number) if number else self.place.last_layer
+        if isinstance(shape, PhaseShape):
+            run: dict[str, Callable[..., tuple[Any, ...]]] = {
+                "attention": lambda *values: self._attention(k, values),
+                "shared": lambda hidden: (self._moe(k).shared(hidden),),
+                "experts": lambda arrived, plan: (self._experts(k, arrived, plan),),
+                "finish": self._finish,
+            }
+            return Phase(shape, run[kind])
+        match kind:
+            case "counts":
+                return Exchange(shape, self.exchange.issue_counts)
+            case "dispatch":
+                return Exchange(shape, self.exchange.issue_dispatch, self.exchange.issue_dispatch_gradient)
+            case "combine":
+                return Exchange(shape, self.exchange.issue_combine, self.exchange.issue_combine_gradient)
+        raise AssertionError(shape)
+
+    def _layer(self, k: int) -> Layer:
+        layer = self.layers[str(k)]
+        assert isinstance(layer, Layer)
+        return layer
+
+    def _moe(self, k: int) -> Any:
+        moe = self._layer(k).feed_forward
+        assert isinstance(moe, MixtureOfExperts)
+        return moe
+
+    def _attention(self, k: int, values: tuple[Any, ...]) -> tuple[Any, ...]:
+        """From the chunk's input or the previous MoE layer's answers to layer k's rows."""
+        start, layer_index = self._begin(values, k)
+        entry = self._through(start, layer_index, k)
+        moe = self._moe(k)
+        routing = moe.router(entry.h_TC)
+        plan = plan_rows(routing.expert_TK, self.config.model.num_experts)
+        rows_RC = permute(entry.h_TC, plan)
+        post, res = entry.mix
+        return entry.streams_TNC, post, res, entry.h_TC, routing.weight_TK, rows_RC, plan, plan.count_E
+
+    def _experts(self, k: int, arrived_SC: Tensor, plan: ArrivalPlan) -> Tensor:
+        rows_SC = self._moe(k).experts(sort_by_expert(arrived_SC, plan), plan.expert_counts)
+        return sort_by_sender(rows_SC, plan)
+
+    def _finish(self, *values: Any) -> tuple[Tensor]:
+        targets = None
+        if self.place.is_last:
+            *values, targets = values  # type: ignore[assignment]
+        start, layer_index = self._begin(tuple(values), self.place.last_layer)
+        streams_TNC = self._to_end(start, layer_index)
+        if targets is not None:
+            return (self.head(streams_TNC, targets),)
+        return (streams_TNC,)
+
+    def _begin(self, values: tuple[Any, ...], before: int) -> tuple[Tensor | _Between, int]:
+        """What a phase starts from, and the first layer it has to run."""
+        if len(values) == 1:
+            (received,) = values
+            return (self.embedding(received) if self.place.is_first else received), self.place.first_layer
+        streams_TNC, post, res, weight_TK, plan, returned_RC, *shared = values
+        y_TC = unpermute(returned_RC, weight_TK, plan)
+        if shared:
+            y_TC = y_TC + shared[0]
+        previous = max(k for k in _expert_layers(self.config, self.place) if k < before)
+        return _Between(streams_TNC, y_TC, Mix(post, res)), previous + 1
+
+    def _through(self, start: Tensor | _Between, first: int, moe_layer: int) -> Entry:
+        """Dense layers first..moe_layer-1, then attention of `moe_layer`, up to its router's input."""
+        for k in range(first, moe_layer + 1):
+            layer = self._layer(k)
+            entry = _enter(layer.attention_connection, start)
+            y_TC = layer.attention(entry.h_TC, self.num_sequences)
+            entry = layer.feed_forward_connection.cross(entry.streams_TNC, y_TC, entry.mix)
+            if k < moe_layer:
+                start = _Between(entry.streams_TNC, layer.feed_forward(entry.h_TC), entry.mix)
+        return entry
+
+    def _to_end(self, start: Tensor | _Between, first: int) -> Tensor:
+        """Remaining dense layers, then the streams as they leave the chunk."""
+        last_layer = first - 1
+        for k in range(first, self.place.last_layer):
+            layer = self._layer(k)
+            entry = _enter(layer.attention_connection, start)
+            y_TC = layer.attention(entry.h_TC, self.num_sequences)
+            entry = layer.feed_forward_connection.cross(entry.streams_TNC, y_TC, entry.mix)
+            start = _Between(entry.streams_TNC, layer.feed_forward(entry.h_TC), entry.mix)
+            last_layer = k
+        if isinstance(start, Tensor):
+            return start
+        return self._layer(last_layer).feed_forward_connection.leave(*start)
+
+
+def _enter(connection: SublayerConnection, start: Tensor | _Between) -> Entry:
+    return connection.cross(*start) if isinstance(start, _Between) else connection.enter(start)

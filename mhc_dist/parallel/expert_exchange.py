@@ -1,0 +1,164 @@
+"""Rows on their way to experts and back: uneven all-to-all over the expert group, outside autograd.
+
+A rank of the expert group holds `num_local_experts` consecutive experts. Rows leave sorted by expert, so
+they leave sorted by rank; they arrive grouped by sender and, within a sender, by local expert. No row is
+ever dropped or padded: empty and hot experts only change the split sizes.
+
+Shapes: G ranks in the group, E all experts, R rows leaving, S rows arriving, C hidden size.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+
+class ArrivalPlan(NamedTuple):
+    """What this rank's experts will receive.
+
+    `send_counts[g]` / `receive_counts[g]`: rows to / from group rank g. `order_S` sorts arriving rows by
+    local expert and `position_S` undoes it; `expert_counts[e]` rows then belong to local expert e.
+    """
+
+    send_counts: list[int]
+    receive_counts: list[int]
+    order_S: Tensor
+    position_S: Tensor
+    expert_counts: list[int]
+
+
+@dataclass
+class PendingCounts:
+    """Row counts on their way. `wait` is the one point per layer where the host needs device data."""
+
+    work: dist.Work | None
+    sent_GE: Tensor
+    received_GE: Tensor
+    payload_bytes: int
+
+    def wait(self) -> ArrivalPlan:
+        if self.work is not None:
+            self.work.wait()
+        return plan_arrival(self.sent_GE, self.received_GE)
+
+
+@dataclass
+class PendingRows:
+    """Rows on their way. `keep` holds the send buffer until the transfer is over."""
+
+    work: dist.Work | None
+    result: Tensor
+    keep: Tensor
+    payload_bytes: int
+
+    def wait(self) -> Tensor:
+        if self.work is not None:
+            self.work.wait()
+        return self.result
+
+
+def plan_arrival(sent_GE: Tensor, received_GE: Tensor) -> ArrivalPlan:
+    """From counts per (rank, local expert), both directions, to the split sizes and the order of arrival."""
+    group_size, num_local = received_GE.shape
+    device = received_GE.device
+    expert_of_block = torch.arange(num_local, device=device).repeat(group_size)
+    expert_S = expert_of_block.repeat_interleave(received_GE.flatten())
+    order_S = torch.argsort(expert_S, stable=True)
+    position_S = torch.empty_like(order_S)
+    position_S[order_S] = torch.arange(order_S.numel(), device=device)
+    # One transfer to the host for all three lists.
+    counts = torch.cat((sent_GE.sum(1), received_GE.sum(1), received_GE.sum(0))).tolist()
+    return ArrivalPlan(
+        counts[:group_size],
+        counts[group_size : 2 * group_size],
+        order_S,
+        position_S,
+        counts[2 * group_size :],
+    )
+
+
+class ExpertExchange:
+    """The exchanges of one expert group.
+
+    Forward and backward exchanges use separate process groups: each keeps its own order, so a forward and a
+    backward that overlap never wait in one queue.
+    """
+
+    def __init__(
+        self,
+        num_experts: int,
+        group_size: int = 1,
+        forward_group: dist.ProcessGroup | None = None,
+        backward_group: dist.ProcessGroup | None = None,
+    ) -> None:
+        assert num_experts % group_size == 0, (num_experts, group_size)
+        assert group_size == 1 or (forward_group is not None and backward_group is not None)
+        self.group_size = group_size
+        self.num_local_experts = num_experts // group_size
+        self._forward_group, self._backward_group = forward_group, backward_group
+
+    def issue_counts(self, count_E: Tensor) -> PendingCounts:
+        """Tell every rank how many rows each of its experts will get; count_E (E,) int64."""
+        sent_GE = count_E.view(self.group_size, self.num_local_experts)
+        if self.group_size == 1:
+            return PendingCounts(None, sent_GE, sent_GE, 0)
+        received_GE = torch.empty_like(sent_GE)
+        work = dist.all_to_all_single(received_GE, sent_GE, group=self._forward_group, async_op=True)
+        remote = self.group_size - 1
+        return PendingCounts(work, sent_GE, received_GE, remote * sent_GE[0].numel() * sent_GE.element_size())
+
+    def issue_dispatch(self, rows_RC: Tensor, plan: ArrivalPlan) -> PendingRows:
+        """Rows to their experts; arrives as (S, C)."""
+        return self._issue(rows_RC, plan.send_counts, plan.receive_counts, self._forward_group)
+
+    def issue_combine(self, rows_SC: Tensor, plan: ArrivalPlan) -> PendingRows:
+        """The experts' answers back to where the rows came from; arrives as (R, C) in the sender's order."""
+        return self._issue(rows_SC, plan.receive_counts, plan.send_counts, self._forward_group)
+
+    def issue_dispatch_gradient(self, grad_SC: Tensor, plan: ArrivalPlan) -> PendingRows:
+        return self._issue(grad_SC, plan.receive_counts, plan.send_counts, self._backward_group)
+
+    def issue_combine_gradient(self, grad_RC: Tensor, plan: ArrivalPlan) -> PendingRows:
+        return self._issue(grad_RC, plan.send_counts, plan.receive_counts, self._backward_group)
+
+    def _issue(
+        self, rows: Tensor, send: list[int], receive: list[int], group: dist.ProcessGroup | None
+    ) -> PendingRows:
+        assert rows.shape[0] == sum(send), (rows.shape, send)
+        if self.group_size == 1:
+            return PendingRows(None, rows, rows, 0)
+        rows = rows.contiguous()  # gloo and NCCL both send flat memory
+        result = rows.new_empty(sum(receive), rows.shape[1])
+        work = dist.all_to_all_single(result, rows, receive, send, group=group, async_op=True)
+        local = send[dist.get_rank(group)]
+        payload_bytes = (rows.shape[0] - local) * rows.shape[1] * rows.element_size()
+        return PendingRows(work, result, rows, payload_bytes)
+
+
+class _Reorder(torch.autograd.Function):
+    """rows[order]; the backward is rows[inverse], a gather like the forward, so it is deterministic."""
+
+    @staticmethod
+    def forward(ctx, rows: Tensor, order: Tensor, inverse: Tensor) -> Tensor:  # type: ignore[no-untyped-def]
+        ctx.inverse = inverse
+        return rows.index_select(0, order)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> tuple[Tensor, None, None]:  # type: ignore[no-untyped-def]
+        return grad.index_select(0, ctx.inverse), None, None
+
+
+def sort_by_expert(arrived_SC: Tensor, plan: ArrivalPlan) -> Tensor:
+    """Arrival order to expert order."""
+    rows_SC: Tensor = _Reorder.apply(arrived_SC, plan.order_S, plan.position_S)
+    return rows_SC
+
+
+def sort_by_sender(rows_SC: Tensor, plan: ArrivalPlan) -> Tensor:
+    """Expert order back to arrival order."""
+    arrived_SC: Tensor = _Reorder.apply(rows_SC, plan.position_S, plan.order_S)
+    return arrived_SC

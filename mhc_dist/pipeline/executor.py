@@ -1,0 +1,218 @@
+"""Runs one rank's part of a program: one thread, one loop, one action after the other.
+
+All order is in the program. The executor only knows how to do each kind of action; overlap comes from the
+distance the program puts between starting a communication and waiting for it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from time import perf_counter
+from typing import Any, NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+
+from mhc_dist.pipeline.action import (
+    CHUNK_INPUT,
+    CHUNK_OUTPUT,
+    CHUNK_TARGETS,
+    Action,
+    ActionKind,
+    Pass,
+    Program,
+)
+from mhc_dist.pipeline.live import LiveMicrobatch
+from mhc_dist.pipeline.phase import Chunk, Exchange, Item, Phase
+from mhc_dist.pipeline.trace import Event, Trace
+from mhc_dist.pipeline.transport import PendingMessage, Transport
+
+
+class Microbatch(NamedTuple):
+    """What is given from outside: the first chunk's input and the last chunk's targets."""
+
+    tokens: Any
+    targets: Any
+
+
+class StepEnd(Protocol):
+    """What happens once all gradients of a step are there."""
+
+    def reduce(self) -> None: ...
+
+    def step(self) -> None: ...
+
+
+class StepOutput(NamedTuple):
+    """losses: one scalar per microbatch on the rank that holds the last chunk, else empty."""
+
+    losses: list[Tensor]
+    trace: Trace
+
+
+class Executor:
+    """One rank's executor.
+
+    rank: pipeline rank. chunks: this rank's chunks by index. on_action: told every action before it starts,
+    so that a watchdog can say where a rank is stuck.
+    """
+
+    def __init__(
+        self,
+        rank: int,
+        chunks: Mapping[int, Chunk],
+        transport: Transport,
+        on_action: Callable[[Action], None] | None = None,
+    ) -> None:
+        self._rank, self._chunks, self._transport, self._on_action = rank, chunks, transport, on_action
+        self._items: dict[tuple[int, str], Item] = {
+            (chunk.index, item.shape.name): item for chunk in chunks.values() for item in chunk.items
+        }
+
+    def run(
+        self, program: Program, microbatches: Sequence[Microbatch], step_end: StepEnd | None = None
+    ) -> StepOutput:
+        """Execute the program once. Gradients are those of the mean loss over the microbatches.
+
+        step_end is required when the program has REDUCE and STEP actions.
+        """
+        assert len(microbatches) == program.num_microbatches, (len(microbatches), program.num_microbatches)
+        run = _Run(self._rank, self._chunks, self._items, self._transport, program, microbatches, step_end)
+        trace = Trace()
+        for action in program.actions[self._rank]:
+            if self._on_action is not None:
+                self._on_action(action)
+            start = perf_counter()
+            payload_bytes = run.do(action)
+            trace.events.append(Event(action, start, perf_counter(), payload_bytes))
+        self._transport.drain()
+        run.check_finished()
+        return StepOutput([loss for _, loss in sorted(run.losses.items())], trace)
+
+
+class _Run:
+    """The state of one execution of a program."""
+
+    def __init__(
+        self,
+        rank: int,
+        chunks: Mapping[int, Chunk],
+        items: Mapping[tuple[int, str], Item],
+        transport: Transport,
+        program: Program,
+        microbatches: Sequence[Microbatch],
+        step_end: StepEnd | None,
+    ) -> None:
+        self._rank, self._chunks, self._items = rank, chunks, items
+        self._transport, self._program, self._step_end = transport, program, step_end
+        self._microbatches = microbatches
+        self._last_chunk = len(program.chunk_rank) - 1
+        self._live: dict[tuple[int, int], LiveMicrobatch] = {}
+        self._messages: dict[tuple[int, int, Pass], PendingMessage] = {}
+        self.losses: dict[int, Tensor] = {}
+
+    def do(self, action: Action) -> int:
+        """One action; returns the bytes it sent to other ranks."""
+        match action.kind:
+            case ActionKind.COMPUTE:
+                self._compute(action)
+            case ActionKind.GRADIENT:
+                self._of(action).gradient(self._phase(action), defer_weights=action.defer_weights)
+            case ActionKind.WEIGHT:
+                self._of(action).weight(self._phase(action))
+            case ActionKind.ISSUE:
+                return self._of(action).issue(self._exchange(action), _direction(action))
+            case ActionKind.WAIT:
+                self._of(action).wait(self._exchange(action), _direction(action))
+            case ActionKind.RECV:
+                assert action.peer is not None
+                key = (action.chunk, action.microbatch, _direction(action))
+                self._messages[key] = self._transport.receive(action.peer)
+            case ActionKind.ARRIVE:
+                message = self._messages.pop((action.chunk, action.microbatch, _direction(action)))
+                self._arrive(action.chunk, action.microbatch, _direction(action), message.wait())
+            case ActionKind.SEND:
+                assert action.peer is not None
+                tensor = self._leave(action)
+                self._transport.send(tensor, action.peer)
+                return tensor.numel() * tensor.element_size()
+            case ActionKind.HAND_OVER:
+                step = 1 if action.direction is Pass.FORWARD else -1
+                tensor = self._leave(action)
+                self._arrive(action.chunk + step, action.microbatch, _direction(action), tensor)
+            case ActionKind.FREE:
+                self._live.pop((action.chunk, action.microbatch)).check_finished()
+            case ActionKind.REDUCE:
+                assert self._step_end is not None, (
+                    "the program reduces gradients but nobody was given to do it"
+                )
+                self._step_end.reduce()
+            case ActionKind.STEP:
+                assert self._step_end is not None, "the program steps the optimizer but none was given"
+                self._step_end.step()
+            case ActionKind.RECOMPUTE:
+                raise AssertionError("chunks of this run drop nothing, so there is nothing to recompute")
+        return 0
+
+    def check_finished(self) -> None:
+        assert not self._live, f"not freed: {sorted(self._live)}"
+        assert not self._messages, f"never arrived: {sorted(self._messages)}"
+        pending = sum(chunk.weight_queue.num_pending for chunk in self._chunks.values())
+        assert not pending, f"{pending} weight gradients never computed"
+
+    def _of(self, action: Action) -> LiveMicrobatch:
+        return self._live_at(action.chunk, action.microbatch)
+
+    def _live_at(self, chunk: int, microbatch: int) -> LiveMicrobatch:
+        key = (chunk, microbatch)
+        if key not in self._live:
+            given: dict[str, Any] = {}
+            if chunk == 0:
+                given[CHUNK_INPUT] = self._microbatches[microbatch].tokens
+            if chunk == self._last_chunk:
+                given[CHUNK_TARGETS] = self._microbatches[microbatch].targets
+            self._live[key] = LiveMicrobatch(
+                self._chunks[chunk], microbatch, given, training=self._program.training
+            )
+        return self._live[key]
+
+    def _phase(self, action: Action) -> Phase:
+        item = self._items[action.chunk, action.item]
+        assert isinstance(item, Phase), action
+        return item
+
+    def _exchange(self, action: Action) -> Exchange:
+        item = self._items[action.chunk, action.item]
+        assert isinstance(item, Exchange), action
+        return item
+
+    def _compute(self, action: Action) -> None:
+        live, phase = self._of(action), self._phase(action)
+        live.compute(phase)
+        if action.chunk == self._last_chunk and CHUNK_OUTPUT in phase.shape.writes:
+            loss = live.take(CHUNK_OUTPUT)
+            self.losses[action.microbatch] = loss
+            if self._program.training:
+                # The step's loss is the mean over microbatches, so each starts its backward with 1 / M.
+                live.gradients.add(CHUNK_OUTPUT, torch.full_like(loss, 1.0 / self._program.num_microbatches))
+
+    def _leave(self, action: Action) -> Tensor:
+        """The tensor that goes out of a chunk: its output (F) or the gradient of its input (B)."""
+        live = self._of(action)
+        tensor = (
+            live.take(CHUNK_OUTPUT) if action.direction is Pass.FORWARD else live.gradients.take(CHUNK_INPUT)
+        )
+        assert isinstance(tensor, Tensor), f"{action}: nothing to hand on"
+        return tensor
+
+    def _arrive(self, chunk: int, microbatch: int, direction: Pass, tensor: Tensor) -> None:
+        live = self._live_at(chunk, microbatch)
+        if direction is Pass.FORWARD:
+            live.put(CHUNK_INPUT, tensor)
+        else:
+            live.gradients.add(CHUNK_OUTPUT, tensor)
+
+
+def _direction(action: Action) -> Pass:
+    assert action.direction is not None, action
+    return action.direction

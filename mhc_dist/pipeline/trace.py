@@ -1,0 +1,91 @@
+"""What one rank did in one step, action by action."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from dataclasses import dataclass, field
+from enum import StrEnum
+
+from mhc_dist.pipeline.action import Action, ActionKind, Pass
+
+
+class StepPhase(StrEnum):
+    """Where wall time goes; exclusive, so the seconds of a step add up to its wall time."""
+
+    FORWARD = "forward"
+    BACKWARD = "backward"
+    WEIGHT_GRADIENT = "weight_grad"
+    RECOMPUTE = "recompute"
+    EXPOSED_ALL_TO_ALL = "exposed_all_to_all"
+    EXPOSED_P2P = "exposed_p2p"
+    OPTIMIZER = "optimizer"
+    OTHER = "other"
+
+
+PHASE_OF_KIND = {
+    ActionKind.COMPUTE: StepPhase.FORWARD,
+    ActionKind.GRADIENT: StepPhase.BACKWARD,
+    ActionKind.WEIGHT: StepPhase.WEIGHT_GRADIENT,
+    ActionKind.RECOMPUTE: StepPhase.RECOMPUTE,
+    ActionKind.ISSUE: StepPhase.EXPOSED_ALL_TO_ALL,
+    ActionKind.WAIT: StepPhase.EXPOSED_ALL_TO_ALL,
+    ActionKind.SEND: StepPhase.EXPOSED_P2P,
+    ActionKind.RECV: StepPhase.EXPOSED_P2P,
+    ActionKind.ARRIVE: StepPhase.EXPOSED_P2P,
+    ActionKind.HAND_OVER: StepPhase.OTHER,
+    ActionKind.FREE: StepPhase.OTHER,
+    ActionKind.REDUCE: StepPhase.OPTIMIZER,
+    ActionKind.STEP: StepPhase.OPTIMIZER,
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Event:
+    """One executed action: seconds on the monotonic clock, bytes that left this rank for others."""
+
+    action: Action
+    start: float
+    end: float
+    payload_bytes: int = 0
+
+
+@dataclass
+class Trace:
+    """The events of one run of a program on one rank, in order."""
+
+    events: list[Event] = field(default_factory=list)
+
+    @property
+    def seconds(self) -> float:
+        return self.events[-1].end - self.events[0].start if self.events else 0.0
+
+    def phase_seconds(self) -> dict[StepPhase, float]:
+        """Seconds per phase. Time between actions is `other`, so the sum is the trace's wall time."""
+        seconds: dict[StepPhase, float] = defaultdict(float)
+        for event in self.events:
+            seconds[PHASE_OF_KIND[event.action.kind]] += event.end - event.start
+        seconds[StepPhase.OTHER] += self.seconds - sum(seconds.values())
+        return dict(seconds)
+
+    def payload_bytes(self) -> dict[str, int]:
+        """Bytes sent to other ranks, by kind of communication."""
+        sent = {"all_to_all": 0, "p2p": 0}
+        for event in self.events:
+            if event.action.kind is ActionKind.ISSUE:
+                sent["all_to_all"] += event.payload_bytes
+            elif event.action.kind is ActionKind.SEND:
+                sent["p2p"] += event.payload_bytes
+        return sent
+
+    def exchange_seconds(self) -> float:
+        """Seconds from each exchange's issue to the end of its wait: in flight, hidden or not."""
+        issued: dict[tuple[int, int, str, Pass | None], float] = {}
+        total = 0.0
+        for event in self.events:
+            a = event.action
+            key = (a.chunk, a.microbatch, a.item, a.direction)
+            if a.kind is ActionKind.ISSUE:
+                issued[key] = event.start
+            elif a.kind is ActionKind.WAIT:
+                total += event.end - issued.pop(key)
+        return total
