@@ -4,7 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from mhc_dist.pipeline.action import CHUNK_INPUT, CHUNK_OUTPUT, ChunkShape, ExchangeShape, ItemShape
+from mhc_dist.pipeline.action import (
+    CHUNK_INPUT,
+    CHUNK_OUTPUT,
+    CHUNK_TARGETS,
+    ChunkShape,
+    ExchangeShape,
+    ItemShape,
+)
 
 
 class ChunkFlow:
@@ -14,7 +21,7 @@ class ChunkFlow:
         self.shape = shape
         self.items: dict[str, ItemShape] = {item.name: item for item in shape.items}
         self.writer: dict[str, ItemShape] = {}
-        self.gradient_readers: dict[str, list[ItemShape]] = {CHUNK_INPUT: []}
+        self.gradient_readers: dict[str, list[ItemShape]] = {CHUNK_INPUT: [], CHUNK_TARGETS: []}
         for item in shape.items:
             for value in item.reads:
                 if value not in self.gradient_readers:
@@ -33,7 +40,9 @@ class ChunkFlow:
 
 
 def values_with_gradient(item: ItemShape) -> Iterable[str]:
-    """What the backward of `item` sends a gradient to: all reads of a phase, the payload of an exchange."""
+    """What the backward of `item` sends a gradient to: all reads of a phase but the targets, the
+    payload of an exchange.
+    """
     if isinstance(item, ExchangeShape):
         return item.reads[:1] if item.differentiable else ()
-    return dict.fromkeys(item.reads)
+    return dict.fromkeys(value for value in item.reads if value != CHUNK_TARGETS)

@@ -9,6 +9,7 @@ from __future__ import annotations
 from mhc_dist.pipeline.action import (
     CHUNK_INPUT,
     CHUNK_OUTPUT,
+    CHUNK_TARGETS,
     Action,
     ActionKind,
     ExchangeShape,
@@ -28,7 +29,7 @@ class ForwardPass:
         self._layout = layout
         self._chunk = chunk
         self._microbatch = microbatch
-        self._available: set[str] = set()
+        self._available: set[str] = {CHUNK_TARGETS}
         self._issued: set[str] = set()
         for item in flow.shape.items:
             for value in item.reads:

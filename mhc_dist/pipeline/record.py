@@ -5,6 +5,7 @@ from __future__ import annotations
 from mhc_dist.pipeline.action import (
     CHUNK_INPUT,
     CHUNK_OUTPUT,
+    CHUNK_TARGETS,
     Action,
     ActionKind,
     ExchangeShape,
@@ -34,7 +35,7 @@ class Record:
         self._is_first = is_first
         self._is_last = is_last
         self._training = training
-        self.values: set[str] = {CHUNK_INPUT} if is_first else set()
+        self.values: set[str] = {CHUNK_TARGETS} | ({CHUNK_INPUT} if is_first else set())
         self.computed: set[str] = set()
         self.gradients: set[str] = set()
         self.deferred: set[str] = set()
