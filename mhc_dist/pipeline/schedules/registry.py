@@ -5,12 +5,22 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from mhc_dist.pipeline.schedules.coarse import CoarseSchedule
+from mhc_dist.pipeline.schedules.dualpipe import dualpipe
 from mhc_dist.pipeline.schedules.dualpipev import dualpipev
+from mhc_dist.pipeline.schedules.gpipe import gpipe
+from mhc_dist.pipeline.schedules.interleaved import interleaved
 from mhc_dist.pipeline.schedules.one_f_one_b import one_f_one_b
+from mhc_dist.pipeline.schedules.zb1p import zb1p
+from mhc_dist.pipeline.schedules.zbv import zbv
 
 SCHEDULES: dict[str, Callable[[int, int], CoarseSchedule]] = {
     "1f1b": one_f_one_b,
+    "dualpipe": dualpipe,
     "dualpipev": dualpipev,
+    "gpipe": gpipe,
+    "interleaved": interleaved,
+    "zb1p": zb1p,
+    "zbv": zbv,
 }
 
 
