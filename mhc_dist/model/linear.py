@@ -34,6 +34,15 @@ def accumulate_gradient(parameter: nn.Parameter, gradient: Tensor) -> None:
         parameter.grad += gradient
 
 
+def _put_off(queue: DeferredWork, weight: nn.Parameter, gradient: Callable[[], Tensor]) -> None:
+    # A backward runs without autograd; what it puts off must too.
+    def work() -> None:
+        with torch.no_grad():
+            accumulate_gradient(weight, gradient())
+
+    queue.put(work)
+
+
 class _Linear(torch.autograd.Function):
     """y_TO = x_TI @ weight_OI^T. Under an open queue the weight's gradient is delivered by the queue."""
 
@@ -52,7 +61,7 @@ class _Linear(torch.autograd.Function):
             return grad_x, None, None
         if queue is None or not queue.is_open:
             return grad_x, grad_TO.t() @ x_TI, None
-        queue.put(lambda: accumulate_gradient(weight_OI, grad_TO.t() @ x_TI))
+        _put_off(queue, weight_OI, lambda: grad_TO.t() @ x_TI)
         return grad_x, None, None
 
 
@@ -109,7 +118,7 @@ class _GroupedLinear(torch.autograd.Function):
 
         if queue is None or not queue.is_open:
             return grad_x, weight_gradient(), None, None
-        queue.put(lambda: accumulate_gradient(weight_EOI, weight_gradient()))
+        _put_off(queue, weight_EOI, weight_gradient)
         return grad_x, None, None, None
 
 

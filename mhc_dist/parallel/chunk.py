@@ -17,7 +17,6 @@ and one last phase `finish` takes the last answers to the chunk's output (stream
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from mhc_kernels.seam import SeamBackend
@@ -26,58 +25,13 @@ from torch import Tensor, nn
 from mhc_dist.config import RunConfig
 from mhc_dist.model.hyper_connection import Entry, Mix, SublayerConnection
 from mhc_dist.model.language_model import Embedding, Head
-from mhc_dist.model.layer import Layer, is_dense
+from mhc_dist.model.layer import Layer
 from mhc_dist.model.linear import attach_queue
 from mhc_dist.model.moe import MixtureOfExperts, permute, plan_rows, unpermute
 from mhc_dist.parallel.expert_exchange import ArrivalPlan, ExpertExchange, sort_by_expert, sort_by_sender
-from mhc_dist.pipeline.action import (
-    CHUNK_INPUT,
-    CHUNK_OUTPUT,
-    CHUNK_TARGETS,
-    ChunkShape,
-    ExchangeShape,
-    ItemShape,
-    PhaseShape,
-)
+from mhc_dist.parallel.layout import ChunkPlace, chunk_shape, expert_layers
+from mhc_dist.pipeline.action import ItemShape, PhaseShape
 from mhc_dist.pipeline.phase import Exchange, Item, Phase, WeightQueue
-
-
-@dataclass(frozen=True)
-class ChunkPlace:
-    """Which part of the model a chunk is: layers first..last-1, and whether it starts or ends the model."""
-
-    index: int
-    first_layer: int
-    last_layer: int
-    is_first: bool
-    is_last: bool
-
-
-def chunk_shape(config: RunConfig, place: ChunkPlace) -> ChunkShape:
-    """The dataflow of a chunk, from the configuration alone: what schedules and simulators work on."""
-    items: list[ItemShape] = []
-    carried: tuple[str, ...] = (CHUNK_INPUT,)
-    for k in _expert_layers(config, place):
-        written = tuple(
-            f"{name}.{k}" for name in ("streams", "post", "res", "hidden", "weights", "rows", "plan", "sent")
-        )
-        items.append(PhaseShape(f"attention.{k}", carried, written))
-        items.append(ExchangeShape(f"counts.{k}", (f"sent.{k}",), (f"arrival.{k}",), differentiable=False))
-        items.append(ExchangeShape(f"dispatch.{k}", (f"rows.{k}", f"arrival.{k}"), (f"arrived.{k}",)))
-        if config.model.num_shared_experts:
-            items.append(PhaseShape(f"shared.{k}", (f"hidden.{k}",), (f"shared.{k}",)))
-        items.append(PhaseShape(f"experts.{k}", (f"arrived.{k}", f"arrival.{k}"), (f"answers.{k}",)))
-        items.append(ExchangeShape(f"combine.{k}", (f"answers.{k}", f"arrival.{k}"), (f"returned.{k}",)))
-        carried = (f"streams.{k}", f"post.{k}", f"res.{k}", f"weights.{k}", f"plan.{k}", f"returned.{k}")
-        if config.model.num_shared_experts:
-            carried += (f"shared.{k}",)
-    reads = (*carried, CHUNK_TARGETS) if place.is_last else carried
-    items.append(PhaseShape("finish", reads, (CHUNK_OUTPUT,)))
-    return ChunkShape(tuple(items))
-
-
-def _expert_layers(config: RunConfig, place: ChunkPlace) -> list[int]:
-    return [k for k in range(place.first_layer, place.last_layer) if not is_dense(config, k)]
 
 
 class _Between(NamedTuple):
@@ -186,7 +140,7 @@ class ModelChunk(nn.Module):
         y_TC = unpermute(returned_RC, weight_TK, plan)
         if shared:
             y_TC = y_TC + shared[0]
-        previous = max(k for k in _expert_layers(self.config, self.place) if k < before)
+        previous = max(k for k in expert_layers(self.config, self.place) if k < before)
         return _Between(streams_TNC, y_TC, Mix(post, res)), previous + 1
 
     def _through(self, start: Tensor | _Between, first: int, moe_layer: int) -> Entry:
