@@ -12,11 +12,15 @@ from __future__ import annotations
 
 from typing import Literal
 
+from torch import Tensor
+
+from mhc_kernels.cpu_operations import CpuOperations
+from mhc_kernels.function_backend import FunctionBackend
 from mhc_kernels.reference_backend import ReferenceBackend
 from mhc_kernels.spec import Connection, ConnectionSpec, Kept, Mixing, Regenerated, Seam, SeamBackend
 
-BackendName = Literal["reference"]
-BACKEND_NAMES: tuple[BackendName, ...] = ("reference",)
+BackendName = Literal["reference", "cpu"]
+BACKEND_NAMES: tuple[BackendName, ...] = ("reference", "cpu")
 
 __all__ = [
     "BACKEND_NAMES",
@@ -37,4 +41,13 @@ def make_backend(name: BackendName) -> SeamBackend:
     match name:
         case "reference":
             return ReferenceBackend()
+        case "cpu":
+            return FunctionBackend("cpu", CpuOperations(), _check_on_cpu)
     raise ValueError(f"kernel backend {name!r} is unknown: use one of {', '.join(BACKEND_NAMES)}")
+
+
+def _check_on_cpu(streams_TNC: Tensor) -> None:
+    if streams_TNC.device.type != "cpu":
+        raise ValueError(
+            f"streams_TNC is on {streams_TNC.device}, backend `cpu` runs on CPUs only: use `triton`"
+        )

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-from mhc_kernels.seam import Connection, ConnectionSpec, Mixing, Seam, SeamBackend
+from mhc_kernels.seam import Connection, ConnectionSpec, Kept, Mixing, Seam, SeamBackend
 from torch import Tensor
 
 
@@ -84,6 +84,18 @@ def gradients(backend: SeamBackend, inputs: Inputs) -> dict[str, Tensor]:
     leaves = inputs.leaves()
     grads = torch.autograd.grad((out_TNC * weight_TNC).sum(), list(leaves.values()), allow_unused=True)
     return {name: grad for name, grad in zip(leaves, grads, strict=True) if grad is not None}
+
+
+def kept_of(inputs: Inputs, seams: list[Seam]) -> list[Kept]:
+    """What a recompute block keeps of the chain's sublayers."""
+    kept = []
+    carried_pre_TN = seams[0].pre_TN
+    for y_TC, connection, seam in zip(inputs.ys, inputs.connections, seams, strict=True):
+        used_pre_TN = carried_pre_TN if connection.spec.shifted_pre else seam.pre_TN
+        carried_pre_TN = seam.pre_TN
+        output_TC = (y_TC * seam.h_TC).detach()
+        kept.append(Kept(used_pre_TN, seam.rstd_T, connection.gain_C, seam.post_TN, seam.res_TNN, output_TC))
+    return kept
 
 
 def relative_error(value: Tensor, oracle: Tensor) -> float:

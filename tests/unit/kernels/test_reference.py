@@ -9,9 +9,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from mhc_kernels import reference
-from mhc_kernels.seam import ConnectionSpec, Kept, Mixing, make_backend
+from mhc_kernels.seam import ConnectionSpec, Mixing, make_backend
 
-from tests.unit.kernels.seam_cases import ALL_SPECS, Case, chain, make_inputs
+from tests.unit.kernels.seam_cases import ALL_SPECS, Case, chain, kept_of, make_inputs
 
 
 def transposed_sinkhorn_with_eps(comb_TII: torch.Tensor, repeat: int, eps: float) -> torch.Tensor:
@@ -131,15 +131,7 @@ def test_recompute_is_bit_equal(spec: ConnectionSpec, dtype: torch.dtype) -> Non
     backend = make_backend("reference")
     inputs = make_inputs(Case(17, 64, spec), dtype, sublayers=3)
     _, seams = chain(backend, inputs)
-    kept = []
-    carried = seams[0].pre_TN
-    for index, seam in enumerate(seams):
-        used_pre_TN = carried if spec.shifted_pre else seam.pre_TN
-        carried = seam.pre_TN
-        y_TC = (inputs.ys[index] * seam.h_TC).detach()
-        gain_C = inputs.connections[index].gain_C
-        kept.append(Kept(used_pre_TN, seam.rstd_T, gain_C, seam.post_TN, seam.res_TNN, y_TC))
-    again = backend.recompute_block(inputs.streams_TNC.detach(), kept)
+    again = backend.recompute_block(inputs.streams_TNC.detach(), kept_of(inputs, seams))
     for seam, regenerated in zip(seams, again, strict=True):
         assert torch.equal(seam.streams_TNC, regenerated.streams_TNC)
         assert torch.equal(seam.h_TC, regenerated.h_TC)
