@@ -1,0 +1,543 @@
+"""The optimizer: ZeRO-1 with fp32 masters, run by DeepSpeed. The only file that knows DeepSpeed.
+
+What DeepSpeed does here: it keeps parameters in flat buffers, one per parameter group, with an fp32 gradient
+buffer over all of it and an fp32 master copy of this rank's partition; gathers updated parameters; counts
+steps and feeds its monitors. What is done in its place, and why:
+
+* Gradients are reduced by one reduce-scatter per flat buffer. DeepSpeed all-reduces: twice the volume, plus
+  two copies of every buffer.
+* The gradient norm is taken over the partitions, which cover every parameter of the whole model exactly once,
+  experts included: one sum over all ranks. DeepSpeed's own norm leaves out parameters without a gradient on
+  this rank, so it differs between ranks (and then so does clipping) when an expert gets no tokens, and it
+  needs a dense and an expert parameter on every rank, or hangs.
+* The module is driven directly, never through `engine(...)`, whose hooks divide by the accumulation steps.
+* Expert gradients are summed over the ranks with the same experts and divided by all data ranks: each rank
+  of an expert group already holds the sum over the tokens of its group.
+
+Private parts of DeepSpeed that this relies on are listed in `RELIED_ON` and checked at start.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import math
+import os
+import warnings
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from mhc_dist.config import RunConfig
+from mhc_dist.optim.deepspeed_config import engine_config
+from mhc_dist.optim.learning_rate import learning_rate
+from mhc_dist.optim.parameter_groups import cast_to_bf16, parameter_groups
+from mhc_dist.optim.replicas import check_replicas
+from mhc_dist.parallel.process_groups import create_group
+from mhc_dist.topology import Topology
+
+if not torch.cuda.is_available():
+    # Otherwise DeepSpeed probes for devices and warns that it found none.
+    os.environ.setdefault("DS_ACCELERATOR", "cpu")
+
+import deepspeed  # type: ignore[import-untyped]
+import deepspeed.runtime.bf16_optimizer as bf16_module  # type: ignore[import-untyped]
+from deepspeed.ops import __compatible_ops__ as compatible_ops  # type: ignore[import-untyped]
+from deepspeed.runtime.bf16_optimizer import BF16_Optimizer
+from deepspeed.runtime.config import DeepSpeedConfig  # type: ignore[import-untyped]
+from deepspeed.runtime.engine import DeepSpeedEngine  # type: ignore[import-untyped]
+from deepspeed.runtime.precision_config import DeepSpeedBF16Config  # type: ignore[import-untyped]
+
+SHARED_MEMORY_OP = "deepspeed_shm_comm"
+
+RELIED_ON: tuple[tuple[object, tuple[str, ...]], ...] = (
+    (
+        DeepSpeedEngine,
+        (
+            "_configure_optimizer",
+            "_broadcast_model",
+            "_cast_module_mixed_precision",
+            "_take_model_step",
+            "allreduce_gradients",
+            "set_gradient_accumulation_boundary",
+            "step",
+            "destroy",
+        ),
+    ),
+    (
+        BF16_Optimizer,
+        ("_setup_for_real_optimizer", "update_lp_params", "clear_hp_grads", "step", "zero_grad", "destroy"),
+    ),
+    (bf16_module, ("see_memory_usage",)),
+    (deepspeed, ("init_distributed",)),
+)
+"""Private parts of DeepSpeed 0.19.8 that are overridden or called here."""
+
+RELIED_ON_STATE = (
+    "bf16_groups",
+    "bf16_groups_flat",
+    "bf16_partitioned_groups",
+    "fp32_groups_flat_partition",
+    "fp32_groups_gradients",
+    "fp32_groups_gradients_flat",
+    "fp32_groups_gradient_flat_partition",
+    "real_dp_process_group",
+)
+"""Attributes that a built BF16_Optimizer must have."""
+
+
+def check_contract(
+    parts: tuple[tuple[object, tuple[str, ...]], ...] = RELIED_ON,
+) -> None:
+    """Raise RuntimeError that names what this DeepSpeed lacks, before anything is built on it."""
+    missing = [
+        f"{getattr(owner, '__name__', owner)}.{name}"
+        for owner, names in parts
+        for name in names
+        if not hasattr(owner, name)
+    ]
+    if SHARED_MEMORY_OP not in compatible_ops:
+        missing.append(f"deepspeed.ops.__compatible_ops__[{SHARED_MEMORY_OP!r}]")
+    if missing:
+        raise RuntimeError(
+            f"DeepSpeed {deepspeed.__version__} lacks {', '.join(missing)}, which the optimizer engine relies"
+            " on. Install deepspeed==0.19.8, the version it was written for."
+        )
+
+
+@dataclass(frozen=True)
+class StepOutcome:
+    """What an optimizer step did. `applied` is False when the gradient was not finite: nothing changed."""
+
+    grad_norm: float
+    learning_rate: float
+    applied: bool
+
+
+@dataclass(frozen=True)
+class ParameterState:
+    """One parameter's optimizer state, each tensor fp32 and shaped like the parameter."""
+
+    master: Tensor
+    first_moment: Tensor
+    second_moment: Tensor
+
+
+@dataclass(frozen=True)
+class EngineState:
+    """All that the optimizer of this rank's parameters needs to continue: for tests and checkpoints.
+
+    `num_steps` counts `finish_step` calls and drives the learning rate; `num_updates` counts those that were
+    applied and drives Adam's bias correction.
+    """
+
+    num_steps: int
+    num_updates: int
+    parameters: dict[str, ParameterState]
+
+
+class _FlatOptimizer(BF16_Optimizer):  # type: ignore[misc]
+    """BF16_Optimizer's layout (flat parameters, fp32 masters and gradients), any dtype, own reduce and step.
+
+    `reduce_groups[i]` replicates parameter group i; `data_size` is the number of data ranks to average over.
+    """
+
+    def __init__(
+        self,
+        basic: torch.optim.Optimizer,
+        names: Mapping[nn.Parameter, str],
+        reduce_groups: list[dist.ProcessGroup],
+        data_size: int,
+        clip: float,
+    ) -> None:
+        self._reduce_groups = reduce_groups
+        self._data_size = data_size
+        self._reductions: list[dist.Work] = []
+        self.is_reduced = False
+        self._global_grad_norm = 0.0
+        super().__init__(
+            basic,
+            names,
+            # Its flag says "this optimizer keeps fp32 masters"; fp32 parameters work as well.
+            bfloat16_config=DeepSpeedBF16Config(enabled=True),
+            clip_grad=clip,
+            dp_process_group=reduce_groups[0],
+            grad_acc_dtype=torch.float32,
+        )
+
+    def _setup_for_real_optimizer(self) -> None:
+        self.real_dp_process_group = self._reduce_groups
+        super()._setup_for_real_optimizer()
+        missing = [name for name in RELIED_ON_STATE if not hasattr(self, name)]
+        if missing:
+            raise RuntimeError(
+                f"DeepSpeed {deepspeed.__version__}: BF16_Optimizer lacks {', '.join(missing)}."
+                " Install deepspeed==0.19.8."
+            )
+
+    def reduce_gradients(self, pipeline_parallel: bool = False) -> None:
+        """Start the sums over replicas; each rank's partition receives its part, in place.
+
+        Called by DeepSpeedEngine.allreduce_gradients.
+        """
+        assert not self.is_reduced, "gradients are already reduced"
+        self.is_reduced = True
+        self._reductions = [
+            dist.reduce_scatter_single(partition, flat, group=group, async_op=True)
+            for partition, flat, group in zip(
+                self.fp32_groups_gradient_flat_partition,
+                self.fp32_groups_gradients_flat,
+                self.real_dp_process_group,
+                strict=True,
+            )
+            if partition.numel() != flat.numel()
+        ]
+
+    def wait_for_reduction(self) -> None:
+        for reduction in self._reductions:
+            reduction.wait()
+        self._reductions = []
+
+    @torch.no_grad()
+    def step(self, closure: None = None) -> None:
+        assert closure is None
+        assert self.is_reduced, "step before reduce_gradients"
+        self.wait_for_reduction()
+        gradients = self.fp32_groups_gradient_flat_partition
+        # One host sync a step: clipping and skipping are decided here, the norm is reported.
+        norm = self._norm_of_whole_model(gradients)
+        self._global_grad_norm = norm
+        self.overflow = not math.isfinite(norm)
+        if self.overflow:
+            return
+        factor = 1.0 / self._data_size
+        if self.clip_grad > 0:
+            factor *= min(1.0, self.clip_grad / (norm + 1e-6))  # the 1e-6 of torch's clip_grad_norm_
+        for master, gradient in zip(self.fp32_groups_flat_partition, gradients, strict=True):
+            if factor != 1.0:
+                gradient.mul_(factor)
+            master.grad = gradient
+        self.optimizer.step()
+        self.update_lp_params()
+
+    def _norm_of_whole_model(self, gradients: list[Tensor]) -> float:
+        """Norm of the mean gradient of all parameters of all stages: partitions overlap nowhere."""
+        norms = [torch.linalg.vector_norm(gradient) for gradient in gradients]
+        squares = torch.stack(norms).double().square().sum()
+        dist.all_reduce(squares)
+        return math.sqrt(squares.item()) / self._data_size
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        self.clear_hp_grads()
+        self.is_reduced = False
+
+
+class _Engine(DeepSpeedEngine):  # type: ignore[misc]
+    """DeepSpeedEngine around a module that is already cast, placed and equal on all replicas."""
+
+    def __init__(self, build_optimizer: Callable[[torch.optim.Optimizer], _FlatOptimizer], **arguments: Any):
+        # Not an nn.Module attribute: it is needed before nn.Module.__init__ has run.
+        self.__dict__["_build_flat_optimizer"] = build_optimizer
+        super().__init__(**arguments)
+
+    def _configure_optimizer(self, client_optimizer: torch.optim.Optimizer, model_parameters: Any) -> None:
+        build = self.__dict__["_build_flat_optimizer"]
+        self.basic_optimizer = client_optimizer
+        self.optimizer = build(client_optimizer)
+
+    def _broadcast_model(self) -> None:
+        """Replicas were compared by `check_replicas`; a broadcast over all data ranks would mix experts."""
+
+    def _cast_module_mixed_precision(self, *arguments: Any, **options: Any) -> None:
+        """Done before, so that parameters marked keep_fp32 are kept."""
+
+
+class _Layout:
+    """What DeepSpeed asks of its `mpu`: pipeline ranks are model parallel ranks, there is no tensor split."""
+
+    def __init__(self, topology: Topology, data_group: dist.ProcessGroup) -> None:
+        self._topology, self._data_group = topology, data_group
+
+    def get_data_parallel_group(self) -> dist.ProcessGroup:
+        return self._data_group
+
+    def get_data_parallel_group_ranks(self) -> list[int]:
+        return list(self._topology.data_group_ranks)
+
+    def get_data_parallel_rank(self) -> int:
+        return self._topology.data_rank
+
+    def get_data_parallel_world_size(self) -> int:
+        return self._topology.data
+
+    def get_model_parallel_rank(self) -> int:
+        return self._topology.pipeline_rank
+
+    def get_model_parallel_world_size(self) -> int:
+        return self._topology.pipeline
+
+    def get_pipeline_model_parallel_world_size(self) -> int:
+        return self._topology.pipeline
+
+    def get_tensor_model_parallel_rank(self) -> int:
+        return 0
+
+    def get_tensor_model_parallel_world_size(self) -> int:
+        return 1
+
+
+class OptimizerEngine:
+    """Main gradients, reduction, clipping and AdamW for the parameters of one rank.
+
+    `module` holds this rank's chunks, on their device, in fp32. With train.precision=bf16 it is cast in
+    place, except parameters marked `keep_fp32` (flat buffers are per dtype, so both kinds live side by side).
+    A rank may hold dense parameters only, experts only, or both.
+
+    Building it and calling `reduce_gradients`, `finish_step`, `reduced_gradients`, `export_state` is
+    collective over the world. Every parameter gets the attribute `accumulate_gradient(gradient)`, which adds
+    a weight gradient that autograd did not deliver; what autograd delivers is moved to the main gradient by
+    a hook, and `parameter.grad` stays None.
+    """
+
+    def __init__(self, module: nn.Module, config: RunConfig, topology: Topology) -> None:
+        check_contract()
+        topology.check()
+        topology.check_world_size(dist.get_world_size())
+        options = engine_config(config)
+        if config.train.precision == "bf16":
+            cast_to_bf16(module)
+        self._config, self._topology = config, topology
+        self._groups = parameter_groups(module.named_parameters())
+        if not self._groups:
+            raise ValueError(
+                f"rank {topology.rank} has no trainable parameter: pipeline rank {topology.pipeline_rank} of"
+                f" {topology.pipeline} got no layer. Lower parallel.pipeline or raise model.num_layers."
+            )
+        # Own communicators: a reduction must never queue behind an exchange of tokens.
+        timeout = config.train.timeout_seconds
+        data_group = create_group(topology.all_data_groups(), topology.rank, timeout)
+        expert_data_group = create_group(topology.all_expert_data_groups(), topology.rank, timeout)
+        check_replicas(self._groups, topology, data_group)
+        self._num_steps = 0
+        self._engine = self._build(module, options, data_group, expert_data_group)
+        self._optimizer: _FlatOptimizer = self._engine.optimizer
+        self._main_gradients = self._connect_parameters()
+
+    def _build(
+        self,
+        module: nn.Module,
+        options: dict[str, Any],
+        data_group: dist.ProcessGroup,
+        expert_data_group: dist.ProcessGroup,
+    ) -> _Engine:
+        optim, device = self._config.optim, self._groups[0].parameters[0].device
+        # This op is compiled for a minute at first use, and a run killed meanwhile leaves a lock that hangs
+        # every later run.
+        compatible_ops[SHARED_MEMORY_OP] = False
+        # DeepSpeed 0.19.8 calls functions by names that torch 2.13 has deprecated.
+        warnings.filterwarnings("ignore", category=FutureWarning, message=".*all_gather_into_tensor")
+        os.environ.setdefault("LOCAL_RANK", str(device.index or 0))
+        layout = _Layout(self._topology, data_group)
+        basic = torch.optim.AdamW(
+            [
+                {
+                    "params": list(group.parameters),
+                    "weight_decay": optim.weight_decay if group.decays else 0.0,
+                }
+                for group in self._groups
+            ],
+            lr=learning_rate(optim, self._config.train.steps, 0),
+            betas=optim.betas,
+            eps=optim.eps,
+            fused=True,
+        )
+        names = {
+            parameter: name
+            for group in self._groups
+            for name, parameter in zip(group.names, group.parameters, strict=True)
+        }
+
+        def build_optimizer(client: torch.optim.Optimizer) -> _FlatOptimizer:
+            reduce_groups = [expert_data_group if group.is_expert else data_group for group in self._groups]
+            # Its constructor prints memory figures and collects garbage some ten times.
+            report, bf16_module.see_memory_usage = bf16_module.see_memory_usage, _say_nothing
+            try:
+                return _FlatOptimizer(
+                    client, names, reduce_groups, self._topology.data, optim.gradient_clipping
+                )
+            finally:
+                bf16_module.see_memory_usage = report
+
+        with contextlib.redirect_stdout(io.StringIO()):
+            deepspeed.init_distributed(
+                dist_backend=dist.get_backend(), auto_mpi_discovery=False, verbose=False
+            )
+            engine = _Engine(
+                build_optimizer,
+                args=None,
+                model=module,
+                optimizer=basic,
+                mpu=layout,
+                config=options,
+                config_class=DeepSpeedConfig(options, layout),
+                dist_init_required=False,
+                dont_change_device=True,
+            )
+        # Every step is a boundary: microbatches are counted by the schedule, not by DeepSpeed.
+        engine.set_gradient_accumulation_boundary(True)
+        return engine
+
+    def _connect_parameters(self) -> dict[nn.Parameter, Tensor]:
+        """Hook every parameter to its slice of the flat fp32 gradients."""
+        main_gradients: dict[nn.Parameter, Tensor] = {}
+        for group, slices in zip(self._groups, self._optimizer.fp32_groups_gradients, strict=True):
+            for parameter, gradient in zip(group.parameters, slices, strict=True):
+                main = gradient.view(parameter.shape)
+                main_gradients[parameter] = main
+                add = self._adder(main)
+                parameter.accumulate_gradient = add  # type: ignore[attr-defined]
+
+                def move(parameter: Tensor, add: Callable[[Tensor], None] = add) -> None:
+                    assert parameter.grad is not None
+                    add(parameter.grad)
+                    parameter.grad = None
+
+                parameter.register_post_accumulate_grad_hook(move)
+        return main_gradients
+
+    def _adder(self, main: Tensor) -> Callable[[Tensor], None]:
+        optimizer = self._optimizer
+
+        @torch.no_grad()
+        def add(gradient: Tensor) -> None:
+            assert gradient.shape == main.shape, f"gradient {tuple(gradient.shape)} for {tuple(main.shape)}"
+            assert not optimizer.is_reduced, "a gradient arrived after reduce_gradients and would be lost"
+            main.add_(gradient)
+
+        return add
+
+    def main_gradient(self, parameter: nn.Parameter) -> Tensor:
+        """The fp32 gradient of a parameter of this rank, summed over the microbatches so far; a view.
+
+        After `reduce_gradients` only this rank's partition of it means anything: see `reduced_gradients`.
+        """
+        return self._main_gradients[parameter]
+
+    def reduce_gradients(self) -> None:
+        """Start summing gradients over replicas. No gradient may arrive from now until `finish_step`."""
+        self._engine.allreduce_gradients()
+
+    def finish_step(self) -> StepOutcome:
+        """Reduce (if not begun), clip by the norm over the whole model, step, zero the main gradients.
+
+        The mean over data ranks of what each accumulated is the gradient. A gradient that is not finite
+        leaves weights and moments as they are.
+        """
+        if not self._optimizer.is_reduced:
+            self.reduce_gradients()
+        rate = learning_rate(self._config.optim, self._config.train.steps, self._num_steps)
+        for group in self._optimizer.param_groups:
+            group["lr"] = rate
+        self._engine.step()
+        self._num_steps += 1
+        return StepOutcome(self._optimizer._global_grad_norm, rate, not self._optimizer.overflow)
+
+    def reduced_gradients(self) -> dict[str, Tensor]:
+        """Mean gradients, unclipped and whole, by parameter name; between reduce and finish. For tests."""
+        assert self._optimizer.is_reduced, "call reduce_gradients first"
+        self._optimizer.wait_for_reduction()
+        partitions = self._optimizer.fp32_groups_gradient_flat_partition
+        return {
+            name: gradient / self._topology.data
+            for name, gradient in self._gather_by_name(partitions).items()
+        }
+
+    def export_state(self) -> EngineState:
+        """Whole master weights and moments of this rank's parameters, by name; copies."""
+        optimizer = self._optimizer
+        states = [self._adam_state(index) for index in range(len(self._groups))]
+        masters = self._gather_by_name([master.detach() for master in optimizer.fp32_groups_flat_partition])
+        first = self._gather_by_name([state["exp_avg"] for state in states])
+        second = self._gather_by_name([state["exp_avg_sq"] for state in states])
+        parameters = {name: ParameterState(masters[name], first[name], second[name]) for name in masters}
+        return EngineState(self._num_steps, int(states[0]["step"].item()), parameters)
+
+    @torch.no_grad()
+    def import_state(self, state: EngineState) -> None:
+        """Continue from `state`: every rank takes its partitions of it. Collective, like `export_state`.
+
+        Raises ValueError when the names or shapes are not those of this rank's parameters.
+        """
+        expected = {
+            name: tuple(parameter.shape)
+            for group in self._groups
+            for name, parameter in zip(group.names, group.parameters, strict=True)
+        }
+        given = {name: tuple(entry.master.shape) for name, entry in state.parameters.items()}
+        if expected != given:
+            differing = sorted(name for name in expected | given if expected.get(name) != given.get(name))
+            raise ValueError(
+                f"rank {self._topology.rank}: {len(differing)} of {len(expected)} parameters are missing,"
+                f" unknown or of another shape in the given state, first {differing[0]}: expected"
+                f" {expected.get(differing[0])}, given {given.get(differing[0])}. Use the model it came from."
+            )
+        optimizer = self._optimizer
+        for index, group in enumerate(self._groups):
+            master, adam = optimizer.fp32_groups_flat_partition[index], self._adam_state(index)
+            entries = [state.parameters[name] for name in group.names]
+            for partition, pieces in (
+                (master.detach(), [entry.master for entry in entries]),
+                (adam["exp_avg"], [entry.first_moment for entry in entries]),
+                (adam["exp_avg_sq"], [entry.second_moment for entry in entries]),
+            ):
+                self._scatter(index, pieces, partition)
+            adam["step"].fill_(state.num_updates)
+        optimizer.update_lp_params()
+        self._num_steps = state.num_steps
+
+    def write_monitors(self, values: Mapping[str, float], step: int) -> None:
+        """Send figures to the monitors that the run switched on under `deepspeed:` (rank 0 writes)."""
+        self._engine.monitor.write_events([(name, value, step) for name, value in values.items()])
+
+    def close(self) -> None:
+        """Give back what DeepSpeed holds. The process groups end with the world."""
+        self._engine.destroy()
+
+    def _adam_state(self, index: int) -> dict[str, Tensor]:
+        """Adam's tensors for partition `index`, made on first use in the form torch's fused AdamW expects."""
+        master = self._optimizer.fp32_groups_flat_partition[index]
+        state: dict[str, Tensor] = self._optimizer.optimizer.state[master]
+        if not state:
+            state["step"] = torch.zeros((), dtype=torch.float32, device=master.device)
+            state["exp_avg"] = torch.zeros_like(master, requires_grad=False)
+            state["exp_avg_sq"] = torch.zeros_like(master, requires_grad=False)
+        return state
+
+    def _gather_by_name(self, partitions: list[Tensor]) -> dict[str, Tensor]:
+        """Whole tensors, shaped like the parameters, from every group's partitions."""
+        gathered: dict[str, Tensor] = {}
+        for index, (group, partition) in enumerate(zip(self._groups, partitions, strict=True)):
+            flat = torch.empty_like(self._optimizer.fp32_groups_gradients_flat[index])
+            dist.all_gather_single(flat, partition, group=self._optimizer.real_dp_process_group[index])
+            offset = 0
+            for name, parameter in zip(group.names, group.parameters, strict=True):
+                piece = flat[offset : offset + parameter.numel()]
+                gathered[name] = piece.view(parameter.shape)
+                offset += parameter.numel()
+        return gathered
+
+    def _scatter(self, index: int, pieces: list[Tensor], partition: Tensor) -> None:
+        """Fill this rank's partition of group `index` from whole tensors in group order."""
+        flat = torch.zeros_like(self._optimizer.fp32_groups_gradients_flat[index])
+        whole = torch.cat([piece.reshape(-1).to(flat.device, flat.dtype) for piece in pieces])
+        flat[: whole.numel()] = whole
+        rank = dist.get_rank(self._optimizer.real_dp_process_group[index])
+        partition.copy_(flat[rank * partition.numel() : (rank + 1) * partition.numel()])
+
+
+def _say_nothing(*arguments: object, **options: object) -> None:
+    """In place of DeepSpeed's `see_memory_usage`."""

@@ -1,0 +1,153 @@
+"""Every process group of a run, created once and handed to who needs it.
+
+Groups never share a queue by accident. A communicator executes its operations in order, so two kinds of
+traffic whose order is not the same on all ranks must not meet on one: forward and backward exchanges have
+a group each, and so has every ordered pair of pipeline neighbours. What remains to be agreed on is the
+order within one channel, which the validator of a program proves.
+"""
+
+from __future__ import annotations
+
+import datetime
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal, Protocol
+
+import torch
+import torch.distributed as dist
+
+from mhc_dist.topology import Topology
+
+
+class RankPlace(Protocol):
+    """What the launcher tells a process about its place (`mhc_launcher.bootstrap.RankEnvironment`)."""
+
+    @property
+    def rank(self) -> int: ...
+    @property
+    def world_size(self) -> int: ...
+    @property
+    def local_rank(self) -> int: ...
+    @property
+    def local_world_size(self) -> int: ...
+    @property
+    def master_addr(self) -> str: ...
+    @property
+    def master_port(self) -> int: ...
+
+
+def init_distributed(
+    environment: RankPlace, backend: Literal["auto", "gloo", "nccl"], timeout_seconds: float
+) -> torch.device:
+    """Join the world and return the device of this rank: cuda:local_rank with nccl, the CPU with gloo.
+
+    `auto` takes nccl where a GPU is visible and gloo elsewhere. Exports the rank variables that torch and
+    DeepSpeed read. A world of one needs neither network nor port. Raises ValueError when the device or the
+    port cannot be had.
+    """
+    chosen = ("nccl" if torch.cuda.is_available() else "gloo") if backend == "auto" else backend
+    device = _device(chosen, environment)
+    os.environ.update(
+        RANK=str(environment.rank),
+        WORLD_SIZE=str(environment.world_size),
+        LOCAL_RANK=str(environment.local_rank),
+        LOCAL_WORLD_SIZE=str(environment.local_world_size),
+        MASTER_ADDR=environment.master_addr,
+        MASTER_PORT=str(environment.master_port),
+    )
+    timeout = datetime.timedelta(seconds=timeout_seconds)
+    if environment.world_size == 1:
+        store = dist.HashStore()  # type: ignore[attr-defined]
+        dist.init_process_group(chosen, store=store, rank=0, world_size=1, timeout=timeout)
+        return device
+    try:
+        dist.init_process_group(chosen, init_method="env://", timeout=timeout)
+    except dist.DistNetworkError as error:
+        raise ValueError(
+            f"rank {environment.rank} of {environment.world_size} could not meet the others at"
+            f" {environment.master_addr}:{environment.master_port} within {timeout_seconds:g} s: {error}."
+            " Is the port taken by another program, or the address not reachable from here? Choose a free"
+            " port (MASTER_PORT) or the right address (MASTER_ADDR)."
+        ) from error
+    return device
+
+
+def destroy() -> None:
+    """Leave the world. Without it a process ends with exit code -6 on some backends."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def _device(backend: str, environment: RankPlace) -> torch.device:
+    if backend == "gloo":
+        return torch.device("cpu")
+    if not torch.cuda.is_available():
+        raise ValueError("train.backend=nccl, but no GPU is visible. Set train.backend to gloo or auto.")
+    if environment.local_rank >= torch.cuda.device_count():
+        raise ValueError(
+            f"local rank {environment.local_rank} has no GPU of its own: {torch.cuda.device_count()} are"
+            f" visible for {environment.local_world_size} processes. Start at most one process per GPU."
+        )
+    device = torch.device("cuda", environment.local_rank)
+    torch.cuda.set_device(device)
+    return device
+
+
+def create_group(
+    all_ranks: Sequence[Sequence[int]], rank: int, timeout_seconds: float, backend: str | None = None
+) -> dist.ProcessGroup:
+    """Create one group per entry of `all_ranks` and return the one that holds `rank`.
+
+    Collective over the world: every rank calls it with the same list. The timeout is given explicitly
+    because torch would fall back to 30 minutes, not to the timeout of the world.
+    """
+    timeout = datetime.timedelta(seconds=timeout_seconds)
+    own: dist.ProcessGroup | None = None
+    for ranks in all_ranks:
+        group = dist.new_group(list(ranks), timeout=timeout, backend=backend)
+        if rank in ranks:
+            own = group
+    assert own is not None, f"rank {rank} is in none of {all_ranks}"
+    return own
+
+
+@dataclass(frozen=True)
+class ProcessGroups:
+    """The groups this rank belongs to.
+
+    `channels[(source, destination)]` carries what `source` sends to its pipeline neighbour `destination`
+    (world ranks; one of them is this rank). Within the two-member group of a channel, address the peer by
+    its world rank. `control` is always gloo, for agreement on the host even when `data` lives on GPUs.
+    """
+
+    topology: Topology
+    expert_forward: dist.ProcessGroup
+    expert_backward: dist.ProcessGroup
+    data: dist.ProcessGroup
+    channels: dict[tuple[int, int], dist.ProcessGroup]
+    control: dist.ProcessGroup
+
+    @staticmethod
+    def build(topology: Topology, timeout_seconds: float = 60.0) -> ProcessGroups:
+        """Collective over the world. Raises ValueError when topology and world do not fit together."""
+        topology.check()
+        topology.check_world_size(dist.get_world_size())
+        if topology.rank != dist.get_rank():
+            raise ValueError(
+                f"topology of rank {topology.rank} on rank {dist.get_rank()}. Use topology.at(rank)."
+            )
+        rank = topology.rank
+        timeout = datetime.timedelta(seconds=timeout_seconds)
+        experts = topology.all_expert_groups()
+        # Every rank creates every group, in this order; only members keep them.
+        expert_forward = create_group(experts, rank, timeout_seconds)
+        expert_backward = create_group(experts, rank, timeout_seconds)
+        data = create_group(topology.all_data_groups(), rank, timeout_seconds)
+        channels: dict[tuple[int, int], dist.ProcessGroup] = {}
+        for pair in topology.all_channels():
+            group = dist.new_group(list(pair), timeout=timeout)
+            if rank in pair:
+                channels[pair] = group
+        control = create_group([range(topology.world_size)], rank, timeout_seconds, backend="gloo")
+        return ProcessGroups(topology, expert_forward, expert_backward, data, channels, control)
