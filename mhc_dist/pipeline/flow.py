@@ -19,6 +19,8 @@ class ChunkFlow:
 
     def __init__(self, shape: ChunkShape) -> None:
         self.shape = shape
+        self.exchanges = shape.exchanges
+        self.phases = shape.phases
         self.items: dict[str, ItemShape] = {item.name: item for item in shape.items}
         self.writer: dict[str, ItemShape] = {}
         self.gradient_readers: dict[str, list[ItemShape]] = {CHUNK_INPUT: [], CHUNK_TARGETS: []}

@@ -40,7 +40,7 @@ class ForwardPass:
             else:
                 self._issue_ready()
         # Exchanges whose result only the backward reads, or that write the output themselves.
-        for exchange in flow.shape.exchanges:
+        for exchange in flow.exchanges:
             for value in exchange.writes:
                 self._need(value)
 
@@ -71,7 +71,7 @@ class ForwardPass:
                 self.actions.append(leave)
 
     def _issue_ready(self) -> None:
-        for exchange in self._flow.shape.exchanges:
+        for exchange in self._flow.exchanges:
             if exchange.name not in self._issued and self._available.issuperset(exchange.reads):
                 self._issued.add(exchange.name)
                 self._put(ActionKind.ISSUE, exchange.name, Pass.FORWARD)
@@ -94,7 +94,7 @@ class BackwardPass:
         self._missing = {value: len(readers) for value, readers in flow.gradient_readers.items()}
         self._missing[CHUNK_OUTPUT] += 1
         self._issued: set[str] = set()
-        self._exchanges = [e for e in reversed(flow.shape.exchanges) if e.differentiable]
+        self._exchanges = [e for e in reversed(flow.exchanges) if e.differentiable]
         for item in reversed(flow.shape.items):
             if isinstance(item, ExchangeShape) and not item.differentiable:
                 continue
@@ -155,7 +155,7 @@ def weight_pass(flow: ChunkFlow, chunk: int, microbatch: int) -> list[Action]:
     """The weight gradients that a backward with `defer_weights` put off, in the order it put them off."""
     return [
         Action(ActionKind.WEIGHT, chunk, microbatch, phase.name)
-        for phase in reversed(flow.shape.phases)
+        for phase in reversed(flow.phases)
         if phase.has_weights
     ]
 

@@ -159,15 +159,15 @@ class Record:
 
     def _free(self) -> None:
         """Everything that the pass owes must have happened."""
-        phases = [phase.name for phase in self._flow.shape.phases]
+        phases = [phase.name for phase in self._flow.phases]
         missing = [name for name in phases if name not in self.computed]
         require(not missing, f"forward of {', '.join(missing)} has not run")
-        due = [(e.name, Pass.FORWARD) for e in self._flow.shape.exchanges]
+        due = [(e.name, Pass.FORWARD) for e in self._flow.exchanges]
         if self._training:
             missing = [name for name in phases if name not in self.gradients]
             require(not missing, f"backward of {', '.join(missing)} has not run")
             require(not self.deferred, f"weight gradients of {', '.join(sorted(self.deferred))} have not run")
-            due += [(e.name, Pass.BACKWARD) for e in self._flow.shape.exchanges if e.differentiable]
+            due += [(e.name, Pass.BACKWARD) for e in self._flow.exchanges if e.differentiable]
         for name, direction in due:
             done = self.exchanged.get((name, direction), False)
             require(done, f"exchange {name}.{direction.value} has not completed")
