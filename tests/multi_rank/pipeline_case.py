@@ -7,6 +7,7 @@ from typing import NamedTuple
 import torch
 from mhc_kernels.seam import make_backend
 from torch import Tensor
+from torch.autograd.graph import get_gradient_edge
 
 from mhc_dist.config import RunConfig
 from mhc_dist.model.initialize import initialize
@@ -34,6 +35,15 @@ class Gradients(NamedTuple):
 
     loss: float | None
     by_name: dict[str, Tensor]
+
+
+def _import_what_the_first_backward_imports() -> None:
+    """Done before ranks are forked, so that each of them does not spend a second on it."""
+    leaf = torch.ones(1, requires_grad=True)
+    torch.autograd.backward([get_gradient_edge(leaf * 2)], [torch.ones(1)])
+
+
+_import_what_the_first_backward_imports()
 
 
 class NoStep:

@@ -10,7 +10,6 @@ from tests.multi_rank.pipeline_case import merge, oracle_gradients, rank_gradien
 from tests.small import small_config
 
 TOPOLOGIES = [(2, 1, 1), (2, 2, 2), (4, 1, 1), (1, 4, 4), (2, 4, 2)]
-GLOBAL_BATCH = 16
 
 
 def parity_config(topology: tuple[int, int, int], schedule: str, kind: str, **model: object) -> RunConfig:
@@ -19,9 +18,7 @@ def parity_config(topology: tuple[int, int, int], schedule: str, kind: str, **mo
         model=model,
         residual={"kind": kind, "num_streams": 1 if kind == "residual" else 4},
         parallel={"pipeline": pipeline, "data": data, "expert": expert},
-        schedule={"name": schedule, "num_microbatches": max(8, GLOBAL_BATCH // data)}
-        if data == 1
-        else {"name": schedule, "num_microbatches": 8},
+        schedule={"name": schedule, "num_microbatches": max(4, 2 * pipeline)},
     )
 
 
