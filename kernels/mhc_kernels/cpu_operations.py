@@ -16,7 +16,7 @@ from mhc_kernels import token_last
 from mhc_kernels.seam_function import InputGradients, SeamForward, SeamGradients, Update
 from mhc_kernels.spec import Connection, Kept, Regenerated, coefficient_dtype
 
-BLOCK_BYTES = 1 << 20
+BLOCK_BYTES = 2 << 20
 """Bytes of one block of streams in fp32: about what a second-level cache holds of it and its neighbours."""
 
 
@@ -84,24 +84,20 @@ class CpuOperations:
             d_u_BC.addcmul_(unit_BC, projection_B1).mul_(rstd_B1)
             torch.bmm(x_BNC, d_u_BC.unsqueeze(2), out=d_used_pre_TN[block].unsqueeze(2))
 
-        # Coefficients: which H_pre the collapse used decides where its gradient goes.
-        if carried_pre_TN is None:
-            d_pre_TN = d_used_pre_TN if gradients.pre_TN is None else d_used_pre_TN + gradients.pre_TN
-        else:
-            d_pre_TN = torch.zeros_like(pre_TN) if gradients.pre_TN is None else gradients.pre_TN
+        # Coefficients: from the gradients of H_pre, H_post, H_res back to the projection.
+        routed = token_last.route_pre_gradient(d_used_pre_TN, gradients.pre_TN, carried_pre_TN is not None)
         coefficients = token_last.coefficients_backward(
             forward.mix_TM,
             connection.alpha_3,
             connection.bias_M,
             spec,
-            d_pre_TN,
+            routed.own_TN,
             gradients.post_TN,
             gradients.res_TNN,
         )
-        rstd_x_T1 = forward.projection_rstd_T.unsqueeze(1)
-        d_projection_TM = coefficients.mix_TM * rstd_x_T1
-        shrink_T1 = (d_projection_TM * forward.mix_TM).sum(1, keepdim=True) * rstd_x_T1
-        shrink_T1.div_(-num_streams * channels)
+        d_projection_TM, shrink_T = token_last.projection_gradient(
+            coefficients.mix_TM, forward.mix_TM, forward.projection_rstd_T, num_streams * channels
+        )
 
         # Streams: total gradient of x', then through the update to x, y and sublayer l's coefficients.
         d_phi_MD = torch.zeros_like(connection.phi_MD)
@@ -113,7 +109,7 @@ class CpuOperations:
                 gradients.streams_TNC[block].flatten(1).to(exact), d_projection_TM[block], connection.phi_MD
             ).view_as(x_BNC)
             total_BNC.baddbmm_(pre_TN[block].unsqueeze(2), d_u_TC[block].unsqueeze(1))
-            total_BNC.addcmul_(x_BNC, shrink_T1[block].unsqueeze(2))
+            total_BNC.addcmul_(x_BNC, shrink_T[block, None, None], value=-1.0)
             d_phi_MD.addmm_(d_projection_TM[block].T, x_BNC.flatten(1))
             if update is None or d_update is None:
                 d_streams_TNC[block] = total_BNC
@@ -124,7 +120,7 @@ class CpuOperations:
             None if d_update is None else d_update.y_TC,
             None if d_update is None else d_update.post_TN,
             None if d_update is None else d_update.res_TNN,
-            None if carried_pre_TN is None else d_used_pre_TN,
+            routed.carried_TN,
             d_phi_MD,
             coefficients.alpha_3,
             coefficients.bias_M,

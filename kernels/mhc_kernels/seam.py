@@ -14,13 +14,14 @@ from typing import Literal
 
 from torch import Tensor
 
+from mhc_kernels.compiled_operations import CompiledOperations, why_unavailable
 from mhc_kernels.cpu_operations import CpuOperations
 from mhc_kernels.function_backend import FunctionBackend
 from mhc_kernels.reference_backend import ReferenceBackend
 from mhc_kernels.spec import Connection, ConnectionSpec, Kept, Mixing, Regenerated, Seam, SeamBackend
 
-BackendName = Literal["reference", "cpu"]
-BACKEND_NAMES: tuple[BackendName, ...] = ("reference", "cpu")
+BackendName = Literal["reference", "cpu", "compiled"]
+BACKEND_NAMES: tuple[BackendName, ...] = ("reference", "cpu", "compiled")
 
 __all__ = [
     "BACKEND_NAMES",
@@ -43,6 +44,11 @@ def make_backend(name: BackendName) -> SeamBackend:
             return ReferenceBackend()
         case "cpu":
             return FunctionBackend("cpu", CpuOperations(), _check_on_cpu)
+        case "compiled":
+            reason = why_unavailable()
+            if reason is not None:
+                raise ValueError(f"kernel backend `compiled` cannot run here: {reason}")
+            return FunctionBackend("compiled", CompiledOperations(), lambda _: None)
     raise ValueError(f"kernel backend {name!r} is unknown: use one of {', '.join(BACKEND_NAMES)}")
 
 

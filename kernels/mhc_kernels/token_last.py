@@ -87,6 +87,36 @@ def coefficients_backward(
     )
 
 
+class RoutedPreGradient(NamedTuple):
+    """Gradient of the seam's own H_pre, and of a carried one (None when the own one was used)."""
+
+    own_TN: Tensor
+    carried_TN: Tensor | None
+
+
+def route_pre_gradient(d_used_TN: Tensor, d_handed_on_TN: Tensor | None, carried: bool) -> RoutedPreGradient:
+    """The collapse's gradient belongs to the H_pre it used; a handed-on one's to its maker."""
+    if carried:
+        own_TN = torch.zeros_like(d_used_TN) if d_handed_on_TN is None else d_handed_on_TN
+        return RoutedPreGradient(own_TN, d_used_TN)
+    return RoutedPreGradient(d_used_TN if d_handed_on_TN is None else d_used_TN + d_handed_on_TN, None)
+
+
+class ProjectionGradient(NamedTuple):
+    """d(phi x) (T, M), and the factor (T,) by which x is subtracted for the division by its rms."""
+
+    projection_TM: Tensor
+    shrink_T: Tensor
+
+
+def projection_gradient(
+    d_mix_TM: Tensor, mix_TM: Tensor, rstd_T: Tensor, num_elements: int
+) -> ProjectionGradient:
+    """mix = p / rms(x): dp = d_mix / rms, and dx loses x * <d_mix, mix> / (rms^2 * num_elements)."""
+    shrink_T = (d_mix_TM * mix_TM).sum(1) * rstd_T.square() / num_elements
+    return ProjectionGradient(d_mix_TM * rstd_T.unsqueeze(1), shrink_T)
+
+
 def _scales(alpha_3: Tensor, num_coefficients: int, n: int) -> Tensor:
     return torch.cat(
         [alpha_3[0].expand(n), alpha_3[1].expand(n), alpha_3[2].expand(num_coefficients - 2 * n)]

@@ -98,6 +98,18 @@ def kept_of(inputs: Inputs, seams: list[Seam]) -> list[Kept]:
     return kept
 
 
+def widened(inputs: Inputs) -> Inputs:
+    """The same numbers in fp64."""
+    return Inputs(
+        inputs.streams_TNC.detach().double().requires_grad_(),
+        [y.detach().double().requires_grad_() for y in inputs.ys],
+        [
+            c._replace(**{f: getattr(c, f).detach().double().requires_grad_() for f in c._fields[:4]})
+            for c in inputs.connections
+        ],
+    )
+
+
 def relative_error(value: Tensor, oracle: Tensor) -> float:
     """|value - oracle| / |oracle| in the 2-norm, in fp64."""
     value, oracle = value.detach().double(), oracle.detach().double()

@@ -10,25 +10,13 @@ from mhc_kernels.seam import ConnectionSpec, make_backend
 from tests.unit.kernels.seam_cases import (
     ALL_SPECS,
     Case,
-    Inputs,
     chain,
     gradients,
     kept_of,
     make_inputs,
     relative_error,
+    widened,
 )
-
-
-def widened(inputs: Inputs) -> Inputs:
-    """The same numbers in fp64."""
-    return Inputs(
-        inputs.streams_TNC.detach().double().requires_grad_(),
-        [y.detach().double().requires_grad_() for y in inputs.ys],
-        [
-            c._replace(**{f: getattr(c, f).detach().double().requires_grad_() for f in c._fields[:4]})
-            for c in inputs.connections
-        ],
-    )
 
 
 @pytest.mark.parametrize("spec", ALL_SPECS, ids=str)

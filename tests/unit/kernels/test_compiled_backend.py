@@ -1,0 +1,83 @@
+"""The `compiled` backend: its formulas uncompiled always, compiled in the long run."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from mhc_kernels import compiled_operations, whole_tensor
+from mhc_kernels.compiled_operations import CompiledOperations
+from mhc_kernels.function_backend import FunctionBackend
+from mhc_kernels.seam import ConnectionSpec, make_backend
+
+from tests.unit.kernels.seam_cases import (
+    ALL_SPECS,
+    Case,
+    chain,
+    gradients,
+    kept_of,
+    make_inputs,
+    relative_error,
+    widened,
+)
+
+
+def uncompiled_backend() -> FunctionBackend:
+    """The compiled backend's own formulas without the compiler."""
+    operations = CompiledOperations()
+    for name in ("update", "update_backward", "project", "collapse_and_norm", "collapse_and_norm_backward"):
+        setattr(operations, f"_{name}", getattr(whole_tensor, name))
+    for name in ("total_gradient", "weighted_sum", "scale"):
+        setattr(operations, f"_{name}", getattr(whole_tensor, name))
+    return FunctionBackend("uncompiled", operations, lambda _: None)
+
+
+@pytest.mark.parametrize("spec", ALL_SPECS, ids=str)
+def test_formulas_equal_the_fp64_reference(spec: ConnectionSpec) -> None:
+    """Oracle: the reference under fp64 autograd, every gradient within 1e-5 in norm."""
+    inputs = make_inputs(Case(17, 64, spec), torch.float32)
+    theirs = gradients(make_backend("reference"), widened(inputs))
+    for name, grad in gradients(uncompiled_backend(), inputs).items():
+        assert relative_error(grad, theirs[name]) < 1e-5, name
+
+
+@pytest.mark.parametrize("spec", ALL_SPECS[:1] + ALL_SPECS[4:5] + ALL_SPECS[-1:], ids=str)
+def test_formulas_in_fp64_pass_finite_differences(spec: ConnectionSpec) -> None:
+    """Oracle: finite differences in fp64."""
+    inputs = make_inputs(Case(3, 16, spec, seed=5), torch.float64)
+    leaves = list(inputs.leaves().values())
+    backend = uncompiled_backend()
+    assert torch.autograd.gradcheck(lambda *_: chain(backend, inputs)[0], leaves, fast_mode=True, atol=1e-6)
+
+
+def test_collapse_of_the_formulas() -> None:
+    """Oracle: the reference under autograd."""
+    streams_TNC = torch.randn(9, 4, 32, dtype=torch.float64, requires_grad=True)
+    pre_TN = torch.rand(9, 4, dtype=torch.float64, requires_grad=True)
+    results = []
+    for backend in (uncompiled_backend(), make_backend("reference")):
+        out_TC = backend.collapse(streams_TNC, pre_TN)
+        results.append((out_TC, *torch.autograd.grad(out_TC.square().sum(), (streams_TNC, pre_TN))))
+    for ours, theirs in zip(*results, strict=True):
+        torch.testing.assert_close(ours, theirs)
+
+
+def test_missing_compiler_is_an_error_with_a_remedy(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Oracle: the contract; an unavailable backend is never replaced by another."""
+    monkeypatch.setattr(compiled_operations.shutil, "which", lambda _: None)
+    with pytest.raises(ValueError, match=r"`compiled` cannot run here.*install one or use `cpu`"):
+        make_backend("compiled")
+
+
+@pytest.mark.long
+def test_compiled_equals_the_fp64_reference_and_recomputes_bit_equal() -> None:
+    """Oracle: the reference under fp64 autograd; for the recompute the forward's own tensors, bit for bit."""
+    backend = make_backend("compiled")
+    inputs = make_inputs(Case(40, 64, ConnectionSpec(num_streams=4)), torch.float32, sublayers=3)
+    theirs = gradients(make_backend("reference"), widened(inputs))
+    for name, grad in gradients(backend, inputs).items():
+        assert relative_error(grad, theirs[name]) < 1e-5, name
+    _, seams = chain(backend, inputs)
+    again = backend.recompute_block(inputs.streams_TNC.detach(), kept_of(inputs, seams))
+    for seam, regenerated in zip(seams, again, strict=True):
+        assert torch.equal(seam.streams_TNC, regenerated.streams_TNC)
+        assert torch.equal(seam.h_TC, regenerated.h_TC)
