@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 def disagreements(config: RunConfig) -> list[str]:
     """One sentence per problem; an empty list means that the run is possible."""
-    checks = (_model, _residual, _experts, _schedule, _optimizer, _ports)
+    checks = (_model, _residual, _experts, _schedule, _optimizer, _ports, _deepspeed)
     return [problem for check in checks for problem in check(config)]
 
 
@@ -96,3 +96,13 @@ def _ports(config: RunConfig) -> Iterator[str]:
             f"observe.metrics_port={port} plus {processes} processes passes 65535, the last port."
             f" Set observe.metrics_port to {65536 - processes} or less, or to 0 for no exporter."
         )
+
+
+def _deepspeed(config: RunConfig) -> Iterator[str]:
+    # Imported when used: that module knows RunConfig, which cannot be made without this one.
+    from mhc_dist.optim.deepspeed_config import check_config
+
+    try:
+        check_config(config.deepspeed)
+    except ValueError as error:
+        yield str(error)

@@ -37,11 +37,11 @@ def test_shipped_configs_write_out_every_key(path: Path) -> None:
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
 def test_dump_loads_back_to_an_equal_config(path: Path, tmp_path: Path) -> None:
     """Oracle: equality with the config that was dumped, odd values included."""
-    config = load_config(path, ["optim.eps=1e-20", "deepspeed.nested.flag=true", "deepspeed.small=3e-7"])
+    config = load_config(path, ["optim.eps=1e-20", "deepspeed.wandb.enabled=true", "deepspeed.wandb.x=3e-7"])
     copy = tmp_path / "copy.yaml"
     copy.write_text(dump_config(config))
     assert load_config(copy) == config
-    assert config.deepspeed == {"nested": {"flag": True}, "small": 3e-7}
+    assert config.deepspeed == {"wandb": {"enabled": True, "x": 3e-7}}
 
 
 def test_overrides_apply_in_order_and_leave_the_rest() -> None:
@@ -85,6 +85,8 @@ def test_overrides_apply_in_order_and_leave_the_rest() -> None:
         ("parallel.pipeline=4", ["model.num_layers=6", "8 chunks"]),
         ("schedule.name=dualpipe9", ["dualpipe9", "1f1b", "dualpipev"]),
         ("schedule.num_microbatches=1", ["schedule.num_microbatches", "1", "4"]),
+        ("deepspeed.zero_optimization.stage=2", ["zero_optimization.stage=2", "Set it to 1"]),
+        ("deepspeed.fp16.enabled=true", ["deepspeed.fp16", "train.precision"]),
         ("observe.metrics_port=65534", ["65534", "65532"]),
     ],
 )
