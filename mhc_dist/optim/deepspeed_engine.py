@@ -23,8 +23,10 @@ import contextlib
 import io
 import math
 import os
+import sys
+import types
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -33,6 +35,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from mhc_dist.config import RunConfig
+from mhc_dist.optim.adamw import FlatAdamW
 from mhc_dist.optim.deepspeed_config import engine_config
 from mhc_dist.optim.learning_rate import learning_rate
 from mhc_dist.optim.parameter_groups import cast_to_bf16, parameter_groups
@@ -53,6 +56,7 @@ from deepspeed.runtime.engine import DeepSpeedEngine  # type: ignore[import-unty
 from deepspeed.runtime.precision_config import DeepSpeedBF16Config  # type: ignore[import-untyped]
 
 SHARED_MEMORY_OP = "deepspeed_shm_comm"
+MUON_MODULE = "deepspeed.runtime.zero.muon.muon_optimizer"
 
 RELIED_ON: tuple[tuple[object, tuple[str, ...]], ...] = (
     (
@@ -148,7 +152,7 @@ class _FlatOptimizer(BF16_Optimizer):  # type: ignore[misc]
 
     def __init__(
         self,
-        basic: torch.optim.Optimizer,
+        basic: FlatAdamW,
         names: Mapping[nn.Parameter, str],
         reduce_groups: list[dist.ProcessGroup],
         data_size: int,
@@ -239,15 +243,11 @@ class _FlatOptimizer(BF16_Optimizer):  # type: ignore[misc]
 class _Engine(DeepSpeedEngine):  # type: ignore[misc]
     """DeepSpeedEngine around a module that is already cast, placed and equal on all replicas."""
 
-    def __init__(self, build_optimizer: Callable[[torch.optim.Optimizer], _FlatOptimizer], **arguments: Any):
-        # Not an nn.Module attribute: it is needed before nn.Module.__init__ has run.
-        self.__dict__["_build_flat_optimizer"] = build_optimizer
-        super().__init__(**arguments)
-
-    def _configure_optimizer(self, client_optimizer: torch.optim.Optimizer, model_parameters: Any) -> None:
-        build = self.__dict__["_build_flat_optimizer"]
-        self.basic_optimizer = client_optimizer
-        self.optimizer = build(client_optimizer)
+    def _configure_optimizer(
+        self, client_optimizer: Callable[[Any], _FlatOptimizer], model_parameters: Any
+    ) -> None:
+        self.optimizer = client_optimizer(model_parameters)
+        self.basic_optimizer = self.optimizer.optimizer
 
     def _broadcast_model(self) -> None:
         """Replicas were compared by `check_replicas`; a broadcast over all data ranks would mix experts."""
@@ -342,45 +342,37 @@ class OptimizerEngine:
         warnings.filterwarnings("ignore", category=FutureWarning, message=".*all_gather_into_tensor")
         os.environ.setdefault("LOCAL_RANK", str(device.index or 0))
         layout = _Layout(self._topology, data_group)
-        basic = torch.optim.AdamW(
-            [
-                {
-                    "params": list(group.parameters),
-                    "weight_decay": optim.weight_decay if group.decays else 0.0,
-                }
-                for group in self._groups
-            ],
-            lr=learning_rate(optim, self._config.train.steps, 0),
-            betas=optim.betas,
-            eps=optim.eps,
-            fused=True,
-        )
         names = {
             parameter: name
             for group in self._groups
             for name, parameter in zip(group.names, group.parameters, strict=True)
         }
+        basic = FlatAdamW(
+            [
+                {
+                    "params": list(group.parameters),
+                    "lr": learning_rate(optim, self._config.train.steps, 0),
+                    "weight_decay": optim.weight_decay if group.decays else 0.0,
+                }
+                for group in self._groups
+            ],
+            betas=optim.betas,
+            eps=optim.eps,
+        )
+        reduce_groups = [expert_data_group if group.is_expert else data_group for group in self._groups]
 
-        def build_optimizer(client: torch.optim.Optimizer) -> _FlatOptimizer:
-            reduce_groups = [expert_data_group if group.is_expert else data_group for group in self._groups]
-            # Its constructor prints memory figures and collects garbage some ten times.
-            report, bf16_module.see_memory_usage = bf16_module.see_memory_usage, _say_nothing
-            try:
+        def build_optimizer(model_parameters: object) -> _FlatOptimizer:
+            with _lean_construction():
                 return _FlatOptimizer(
-                    client, names, reduce_groups, self._topology.data, optim.gradient_clipping
+                    basic, names, reduce_groups, self._topology.data, optim.gradient_clipping
                 )
-            finally:
-                bf16_module.see_memory_usage = report
 
         with contextlib.redirect_stdout(io.StringIO()):
-            deepspeed.init_distributed(
-                dist_backend=dist.get_backend(), auto_mpi_discovery=False, verbose=False
-            )
+            deepspeed.init_distributed(dist.get_backend(), auto_mpi_discovery=False, verbose=False)
             engine = _Engine(
-                build_optimizer,
                 args=None,
                 model=module,
-                optimizer=basic,
+                optimizer=build_optimizer,
                 mpu=layout,
                 config=options,
                 config_class=DeepSpeedConfig(options, layout),
@@ -402,9 +394,10 @@ class OptimizerEngine:
                 parameter.accumulate_gradient = add  # type: ignore[attr-defined]
 
                 def move(parameter: Tensor, add: Callable[[Tensor], None] = add) -> None:
-                    assert parameter.grad is not None
-                    add(parameter.grad)
-                    parameter.grad = None
+                    # None where the weight gradient was put off: autograd visits the parameter all the same.
+                    if parameter.grad is not None:
+                        add(parameter.grad)
+                        parameter.grad = None
 
                 parameter.register_post_accumulate_grad_hook(move)
         return main_gradients
@@ -459,7 +452,7 @@ class OptimizerEngine:
     def export_state(self) -> EngineState:
         """Whole master weights and moments of this rank's parameters, by name; copies."""
         optimizer = self._optimizer
-        states = [self._adam_state(index) for index in range(len(self._groups))]
+        states = [optimizer.optimizer.state_of(master) for master in optimizer.fp32_groups_flat_partition]
         masters = self._gather_by_name([master.detach() for master in optimizer.fp32_groups_flat_partition])
         first = self._gather_by_name([state["exp_avg"] for state in states])
         second = self._gather_by_name([state["exp_avg_sq"] for state in states])
@@ -487,7 +480,8 @@ class OptimizerEngine:
             )
         optimizer = self._optimizer
         for index, group in enumerate(self._groups):
-            master, adam = optimizer.fp32_groups_flat_partition[index], self._adam_state(index)
+            master = optimizer.fp32_groups_flat_partition[index]
+            adam = optimizer.optimizer.state_of(master)
             entries = [state.parameters[name] for name in group.names]
             for partition, pieces in (
                 (master.detach(), [entry.master for entry in entries]),
@@ -506,16 +500,6 @@ class OptimizerEngine:
     def close(self) -> None:
         """Give back what DeepSpeed holds. The process groups end with the world."""
         self._engine.destroy()
-
-    def _adam_state(self, index: int) -> dict[str, Tensor]:
-        """Adam's tensors for partition `index`, made on first use in the form torch's fused AdamW expects."""
-        master = self._optimizer.fp32_groups_flat_partition[index]
-        state: dict[str, Tensor] = self._optimizer.optimizer.state[master]
-        if not state:
-            state["step"] = torch.zeros((), dtype=torch.float32, device=master.device)
-            state["exp_avg"] = torch.zeros_like(master, requires_grad=False)
-            state["exp_avg_sq"] = torch.zeros_like(master, requires_grad=False)
-        return state
 
     def _gather_by_name(self, partitions: list[Tensor]) -> dict[str, Tensor]:
         """Whole tensors, shaped like the parameters, from every group's partitions."""
@@ -539,5 +523,22 @@ class OptimizerEngine:
         partition.copy_(flat[rank * partition.numel() : (rank + 1) * partition.numel()])
 
 
-def _say_nothing(*arguments: object, **options: object) -> None:
-    """In place of DeepSpeed's `see_memory_usage`."""
+@contextlib.contextmanager
+def _lean_construction() -> Iterator[None]:
+    """Spare BF16_Optimizer's constructor what takes seconds in every process and serves nothing here.
+
+    It imports DeepSpeed's Muon optimizer, only to find that ours is another one, and with it torch's
+    compiler; and it reports memory some ten times, each time after a full garbage collection.
+    """
+    muon = types.ModuleType(MUON_MODULE)
+    muon.MuonWithAuxAdam = type("MuonWithAuxAdam", (), {})  # type: ignore[attr-defined]
+    imported = sys.modules.get(MUON_MODULE)
+    sys.modules[MUON_MODULE] = muon
+    report, bf16_module.see_memory_usage = bf16_module.see_memory_usage, lambda *arguments, **options: None
+    try:
+        yield
+    finally:
+        bf16_module.see_memory_usage = report
+        del sys.modules[MUON_MODULE]
+        if imported is not None:
+            sys.modules[MUON_MODULE] = imported
