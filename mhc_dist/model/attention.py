@@ -29,6 +29,19 @@ def rotate(x_BLHR: Tensor, cos_LR: Tensor, sin_LR: Tensor) -> Tensor:
     return torch.stack((even * cos - odd * sin, even * sin + odd * cos), dim=-1).flatten(-2).to(x_BLHR.dtype)
 
 
+def causal_attention(q_BHLD: Tensor, k_BHLD: Tensor, v_BHLV: Tensor) -> Tensor:
+    """softmax(q k^T / sqrt(D), causal) v, through torch's fused kernels; (B, H, L, V).
+
+    Those want one width for all three; otherwise torch writes the scores of whole sequences to memory. So the
+    narrower side is filled up with zeros, which change nothing.
+    """
+    qk_dim, value_dim = q_BHLD.shape[-1], v_BHLV.shape[-1]
+    width = max(qk_dim, value_dim)
+    q, k, v = (functional.pad(x, (0, width - x.shape[-1])) for x in (q_BHLD, k_BHLD, v_BHLV))
+    o = functional.scaled_dot_product_attention(q, k, v, is_causal=True, scale=qk_dim**-0.5)
+    return o[..., :value_dim]
+
+
 class LatentAttention(nn.Module):
     """Causal attention whose keys and values are expanded from a kv_rank-wide latent per token.
 
@@ -62,8 +75,6 @@ class LatentAttention(nn.Module):
         key_rope = rotate(key_rope.unsqueeze(2), cos, sin).expand(-1, -1, c.num_heads, -1)
         q_BHLD = torch.cat((query_plain, query_rope), dim=-1).transpose(1, 2)
         k_BHLD = torch.cat((key_plain, key_rope), dim=-1).transpose(1, 2)
-        o_BHLV = functional.scaled_dot_product_attention(
-            q_BHLD, k_BHLD, value.transpose(1, 2), is_causal=True
-        )
+        o_BHLV = causal_attention(q_BHLD, k_BHLD, value.transpose(1, 2))
         y_BLC: Tensor = self.output(o_BHLV.transpose(1, 2).flatten(2))
         return y_BLC.flatten(0, 1)
