@@ -14,9 +14,8 @@ from typing import Annotated
 import typer
 
 from mhc_dist.config import RunConfig, dump_config, load_config
+from mhc_dist.guard.exit_codes import ExitCode
 from mhc_launcher.commands_data import data_app
-
-USER_ERROR = 2
 
 app = typer.Typer(
     help="Train Manifold-Constrained Hyper-Connection mixture-of-experts models.",
@@ -83,4 +82,4 @@ def main() -> None:
         if os.environ.get("MHC_DIST_TRACEBACK"):
             raise
         print(f"mhc-dist: {error}", file=sys.stderr)
-        sys.exit(USER_ERROR)
+        sys.exit(ExitCode.USAGE)

@@ -15,6 +15,7 @@ import sys
 from collections.abc import Sequence
 
 from mhc_dist.config import RunConfig
+from mhc_dist.guard.exit_codes import ExitCode
 from mhc_launcher import run_folder
 from mhc_launcher.children import Ended, run_group
 from mhc_launcher.devices import gpus_for_run, threads_per_process
@@ -56,13 +57,14 @@ def report(config: RunConfig, ended: Ended) -> int:
     if ended.stopped_by is not None:
         _say(config, f"was stopped by {ended.stopped_by.name}")
         return code or 128 + ended.stopped_by
-    if failure := run_folder.read_failure(config.folder):
-        _say(config, f"failed on rank {failure.rank}: {failure.message}")
-        return failure.exit_code
     if code - 128 in set(signal.Signals):
         _say(config, f"failed: a process was killed by {signal.Signals(code - 128).name}")
+    elif code == 0:
+        _say(config, "failed: its processes ended in order, but rank 0 left no summary")
+    elif code in set(ExitCode):
+        _say(config, f"failed with exit code {code} ({ExitCode(code).name}); the ranks' messages are above")
     else:
-        _say(config, f"failed: its processes ended with exit code {code} and left no summary")
+        _say(config, f"failed: its processes ended with exit code {code}")
     return code or 1
 
 

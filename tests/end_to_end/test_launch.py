@@ -68,7 +68,7 @@ def test_success_ends_with_the_summary_and_keeps_earlier_runs(tmp_path: Path) ->
     ]
 
 
-def test_a_rank_that_fails_decides_message_and_exit_code(tmp_path: Path) -> None:
+def test_a_rank_that_fails_decides_the_exit_code(tmp_path: Path) -> None:
     """Oracle: the code and words of the failing rank; an earlier summary must not pass for this run's."""
     (tmp_path / "tiny").mkdir()
     (tmp_path / "tiny" / "summary.json").write_text('{"run": "earlier"}')
@@ -76,7 +76,7 @@ def test_a_rank_that_fails_decides_message_and_exit_code(tmp_path: Path) -> None
     out, err = process.communicate(timeout=60)
     assert process.returncode == 9
     assert out == f"An earlier run is kept in {tmp_path / 'tiny.1'}.\n"
-    assert err == "mhc-dist: run tiny failed on rank 1: step 3: no more tokens.\n"
+    assert err == "rank 1: no more tokens\nmhc-dist: run tiny failed: its processes ended with exit code 9.\n"
     assert descendants(tmp_path) == []
 
 

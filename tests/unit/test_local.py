@@ -29,7 +29,8 @@ def config(tmp_path: Path) -> RunConfig:
 @pytest.mark.parametrize(
     ("ended", "code", "words"),
     [
-        (Ended(81, None), 81, "exit code 81"),
+        (Ended(81, None), 81, "exit code 81 (PEER_DIED)"),
+        (Ended(7, None), 7, "exit code 7"),
         (Ended(0, None), 1, "left no summary"),
         (Ended(247, None), 137, "killed by SIGKILL"),  # how the deepspeed launcher tells of a killed rank
         (Ended(139, None), 139, "killed by SIGSEGV"),  # the launcher itself
