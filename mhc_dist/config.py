@@ -218,6 +218,15 @@ class RunConfig(Section):
     def num_processes(self) -> int:
         return self.parallel.pipeline * self.parallel.data
 
+    @property
+    def sequences_per_step(self) -> int:
+        """Sequences in the global batch of one optimizer step."""
+        return self.parallel.data * self.schedule.num_microbatches * self.data.sequences_per_microbatch
+
+    @property
+    def tokens_per_step(self) -> int:
+        return self.sequences_per_step * self.data.sequence_length
+
 
 def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
     """Read and check a run's YAML file; `overrides` are `section.key=value`, applied in order.

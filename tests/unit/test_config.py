@@ -148,3 +148,10 @@ def test_config_needs_no_torch() -> None:
     code = f"import sys; from mhc_dist.config import load_config; load_config({str(TINY)!r})"
     code += "; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_sizes_of_a_step() -> None:
+    """Oracle: table 5 of the mHC paper: 1280 sequences of 4096 tokens a step for the 27B model."""
+    config = load_config(next(path for path in CONFIGS if path.stem == "paper_27b"))
+    assert (config.sequences_per_step, config.tokens_per_step) == (1280, 1280 * 4096)
+    assert config.num_processes == 256
