@@ -70,6 +70,13 @@ def _schedule(config: RunConfig) -> Iterator[str]:
     except ValueError as error:
         yield f"schedule.name={config.schedule.name} with parallel.pipeline={pipeline}: {error}"
         return
+    if schedule.num_copies > 1:
+        yield (
+            f"schedule.name={config.schedule.name} keeps {schedule.num_copies} copies of the model: it can be"
+            " planned and compared, but not trained. Set schedule.name to dualpipev, which pairs forwards and"
+            " backwards in the same way with one copy."
+        )
+        return
     num_chunks = len(schedule.chunk_rank)
     if config.model.num_layers < num_chunks:
         yield (

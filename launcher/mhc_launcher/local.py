@@ -16,6 +16,7 @@ from collections.abc import Sequence
 
 from mhc_dist.config import RunConfig
 from mhc_dist.guard.exit_codes import ExitCode
+from mhc_dist.parallel.program import plan_run
 from mhc_launcher import run_folder
 from mhc_launcher.children import Ended, run_group
 from mhc_launcher.devices import gpus_for_run, threads_per_process
@@ -30,6 +31,7 @@ def train_here(config: RunConfig, master_port: int | None = None, trainer: str =
     On success the last line of stdout is the run's summary, one JSON object.
     """
     with run_folder.reserved(config):
+        plan_run(config)
         check_tokens(config)
         if master_port is not None:
             check_master_port(master_port)

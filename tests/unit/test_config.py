@@ -83,6 +83,7 @@ def test_overrides_apply_in_order_and_leave_the_rest() -> None:
         ("model.num_layers=3", ["model.num_layers=3", "4 chunks", "dualpipev"]),
         ("parallel.data=3", ["parallel.expert=2", "parallel.data=3", "[1, 3]"]),
         ("parallel.pipeline=4", ["model.num_layers=6", "8 chunks"]),
+        ("schedule.name=dualpipe", ["2 copies", "Set schedule.name to dualpipev"]),
         ("schedule.name=dualpipe9", ["dualpipe9", "1f1b", "dualpipev"]),
         ("schedule.num_microbatches=1", ["schedule.num_microbatches", "1", "4"]),
         ("deepspeed.zero_optimization.stage=2", ["zero_optimization.stage=2", "Set it to 1"]),
