@@ -87,12 +87,16 @@ class PhaseShape:
     """A phase as the lowering sees it: name and dataflow, no code.
 
     `has_weights` is false for phases without deferrable weight gradients: they get no WEIGHT action.
+    `drops` marks phases that drop part of what their backward needs: one RECOMPUTE regenerates it between
+    forward and backward, after the RECOMPUTE of the phases `recompute_after` (earlier ones of its block).
     """
 
     name: str
     reads: tuple[str, ...]
     writes: tuple[str, ...]
     has_weights: bool = True
+    drops: bool = False
+    recompute_after: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

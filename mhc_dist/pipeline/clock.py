@@ -36,14 +36,21 @@ class Times:
     sent: dict[Message, int]
 
 
-def run_clock(ranks: Sequence[Sequence[Action]], layout: Layout, duration: Callable[[Action], int]) -> Times:
+def run_clock(
+    ranks: Sequence[Sequence[Action]],
+    layout: Layout,
+    duration: Callable[[Action], int],
+    wire: Callable[[Action], int],
+) -> Times:
     """Run with free buffering: a SEND never blocks, an ARRIVE waits for its SEND.
 
-    `duration` is in ticks, at least 1 for every compute action and 0 for everything else.
+    `duration` is in ticks, at least 1 for every compute action and 0 for everything else; `wire` is how long
+    an issued exchange is in flight.
     Raises InvalidProgram, naming rank and action, when the ranks wait for each other for ever.
     """
     ends: list[list[int]] = [[] for _ in ranks]
     sent: dict[Message, int] = {}
+    landing: dict[tuple[int, int, str, Pass | None], int] = {}
     progress = True
     while progress:
         progress = False
@@ -58,6 +65,12 @@ def run_clock(ranks: Sequence[Sequence[Action]], layout: Layout, duration: Calla
                     now = max(now, arrival)
                 elif action.kind is ActionKind.SEND:
                     sent[message_of(action, layout)] = now
+                elif action.kind is ActionKind.ISSUE:
+                    key = (action.chunk, action.microbatch, action.item, action.direction)
+                    landing[key] = now + wire(action)
+                elif action.kind is ActionKind.WAIT:
+                    key = (action.chunk, action.microbatch, action.item, action.direction)
+                    now = max(now, landing[key])
                 else:
                     now += duration(action)
                 done.append(now)

@@ -35,6 +35,11 @@ class ChunkFlow:
                     raise ValueError(f"{item.name} writes {value!r}, which was already written.")
                 self.writer[value] = item
                 self.gradient_readers[value] = []
+        dropping = {phase.name for phase in self.phases if phase.drops}
+        for phase in self.phases:
+            for name in phase.recompute_after:
+                if not phase.drops or name not in dropping:
+                    raise ValueError(f"{phase.name} is to be recomputed after {name}, but one drops nothing.")
         if len(self.items) != len(shape.items):
             raise ValueError("two items of one chunk have the same name.")
         if CHUNK_OUTPUT not in self.writer:

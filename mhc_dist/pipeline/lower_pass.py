@@ -94,6 +94,7 @@ class BackwardPass:
         self._missing = {value: len(readers) for value, readers in flow.gradient_readers.items()}
         self._missing[CHUNK_OUTPUT] += 1
         self._issued: set[str] = set()
+        self._recomputed: set[str] = set()
         self._exchanges = [e for e in reversed(flow.exchanges) if e.differentiable]
         for item in reversed(flow.shape.items):
             if isinstance(item, ExchangeShape) and not item.differentiable:
@@ -101,6 +102,7 @@ class BackwardPass:
             for value in item.writes:
                 self._need(value)
             if isinstance(item, PhaseShape):
+                self._recompute(item)
                 self.actions.append(
                     Action(
                         ActionKind.GRADIENT,
@@ -132,6 +134,17 @@ class BackwardPass:
                 )
                 self._contribute(reader.reads[:1])
         assert self._missing[value] == 0, f"the gradient of {value} is never complete"
+
+    def _recompute(self, phase: PhaseShape) -> None:
+        """Regenerate what `phase` dropped, and before it what the earlier phases of its block dropped."""
+        if not phase.drops or phase.name in self._recomputed:
+            return
+        for name in phase.recompute_after:
+            earlier = self._flow.items[name]
+            assert isinstance(earlier, PhaseShape), f"{name} is not a phase"
+            self._recompute(earlier)
+        self._recomputed.add(phase.name)
+        self.actions.append(Action(ActionKind.RECOMPUTE, self._chunk, self._microbatch, phase.name))
 
     def _contribute(self, values: tuple[str, ...]) -> None:
         for value in values:

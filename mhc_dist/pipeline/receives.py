@@ -28,11 +28,24 @@ def unit_ticks(action: Action) -> int:
     return 2 if action.kind is ActionKind.GRADIENT and not action.defer_weights else 1
 
 
+def no_ticks(action: Action) -> int:
+    """Exchanges on the clock of `unit_ticks`: over at once."""
+    return 0
+
+
 def post_receives(
-    ranks: Sequence[Sequence[Action]], layout: Layout, duration: Callable[[Action], int] = unit_ticks
+    ranks: Sequence[Sequence[Action]],
+    layout: Layout,
+    duration: Callable[[Action], int] = unit_ticks,
+    wire: Callable[[Action], int] = no_ticks,
+    lead: int = 0,
 ) -> tuple[tuple[Action, ...], ...]:
-    """`ranks` with a RECV for every ARRIVE. Raises InvalidProgram if the ranks wait in a circle."""
-    times = run_clock(ranks, layout, duration)
+    """`ranks` with a RECV for every ARRIVE. Raises InvalidProgram if the ranks wait in a circle.
+
+    With `lead`, each receive is posted that many compute actions earlier than the rule needs, so that a
+    sender that is somewhat faster than the clock said does not wait; it costs buffers.
+    """
+    times = run_clock(ranks, layout, duration, wire)
     # finished[r]: (time, position after it) of each compute action of rank r, in order.
     finished: list[list[tuple[int, int]]] = [
         [
@@ -57,6 +70,7 @@ def post_receives(
                 sent = times.sent[message]
                 rank, arrive = arrivals[message]
                 index = bisect_right(finished[rank], sent, key=lambda pair: pair[0])
+                index = max(0, index - lead)
                 position = finished[rank][index - 1][1] if index else 0
                 recv = Action(
                     ActionKind.RECV, arrive.chunk, arrive.microbatch, direction=arrive.direction, peer=source

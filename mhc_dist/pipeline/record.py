@@ -39,6 +39,7 @@ class Record:
         self.computed: set[str] = set()
         self.gradients: set[str] = set()
         self.deferred: set[str] = set()
+        self.recomputed: set[str] = set()
         self.exchanged: dict[tuple[str, Pass], bool] = {}
         self.sent: set[Pass] = set()
         self.output_gradient = is_last
@@ -54,6 +55,8 @@ class Record:
                 phase = self._phase(action)
                 require(phase.name in self.deferred, "no weight gradients were put off, or they have run")
                 self.deferred.remove(phase.name)
+            case ActionKind.RECOMPUTE:
+                self._recompute(self._phase(action))
             case ActionKind.ISSUE:
                 self._issue(self._exchange(action), action)
             case ActionKind.WAIT:
@@ -130,11 +133,20 @@ class Record:
         require(self._training, "no backward outside training")
         require(phase.name in self.computed, "its forward has not run")
         require(phase.name not in self.gradients, "its backward has already run")
+        require(not phase.drops or phase.name in self.recomputed, "what it dropped was not recomputed")
         self._require_gradients(phase.writes)
         self.gradients.add(phase.name)
         if action.defer_weights:
             require(phase.has_weights, "the phase has no weight gradients to put off")
             self.deferred.add(phase.name)
+
+    def _recompute(self, phase: PhaseShape) -> None:
+        require(phase.drops, "the phase drops nothing")
+        require(phase.name in self.computed, "its forward has not run")
+        require(phase.name not in self.recomputed, "already recomputed")
+        missing = [name for name in phase.recompute_after if name not in self.recomputed]
+        require(not missing, f"{', '.join(missing)} must be recomputed first")
+        self.recomputed.add(phase.name)
 
     def _issue(self, exchange: ExchangeShape, action: Action) -> None:
         assert action.direction is not None

@@ -1,0 +1,247 @@
+"""Placement: the order in which each rank runs its phases, chosen by cost. Standard library only.
+
+Within a slot, phases of the paired microbatches alternate so that one computes while the other's exchange is
+in flight (`place_slot`). Gaps that remain are filled with weight gradients, and with the recomputation that
+the rank's next backward will need. Deterministic, and equal on all ranks of an expert group, because it
+decides per pipeline rank from the same costs.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from mhc_dist.pipeline.action import Action, ActionKind, ChunkShape, Layout, Pass, Program
+from mhc_dist.pipeline.cost import CostTable, bytes_at_end, bytes_at_start
+from mhc_dist.pipeline.flow import ChunkFlow
+from mhc_dist.pipeline.lower import finish_rank, ops_of
+from mhc_dist.pipeline.lower_pass import boundary
+from mhc_dist.pipeline.op_graph import OpGraph, backward_graph, forward_graph
+from mhc_dist.pipeline.place_slot import Filler, SlotScheduler, Step, Unit
+from mhc_dist.pipeline.receives import COMPUTE_KINDS, post_receives
+from mhc_dist.pipeline.schedules.coarse import CoarseSchedule, Op, OpKind, Slot
+
+TICKS_PER_SECOND = 1_000_000_000
+
+RECEIVE_BUFFERS = 4
+"""Posted receives that a memory budget leaves room for: two directions, each one in use and one ahead."""
+
+
+@dataclass(frozen=True, slots=True)
+class Placement:
+    """What placement may do. Switch parts off to measure what they bring.
+
+    memory_budget: bytes a rank may hold, static ones included; None for no limit. prefetch_recompute: False
+    recomputes right before each use, as others do.
+    """
+
+    memory_budget: int | None = None
+    split_weights: bool = True
+    prefetch_recompute: bool = True
+
+
+def place(
+    schedule: CoarseSchedule,
+    chunks: tuple[ChunkShape, ...],
+    costs: CostTable,
+    placement: Placement | None = None,
+) -> Program:
+    """Lower `schedule` over `chunks` in the order that `costs` make best."""
+    if len(chunks) != len(schedule.chunk_rank):
+        raise ValueError(f"{len(chunks)} chunks given, but the schedule lays out {len(schedule.chunk_rank)}.")
+    layout = Layout(schedule.chunk_rank, schedule.num_microbatches, schedule.num_copies)
+    placer = _Placer(chunks, layout, costs, placement or Placement())
+    ranks = [
+        finish_rank(placer.place_rank(rank, slots), training=True)
+        for rank, slots in enumerate(schedule.ranks)
+    ]
+
+    def duration(action: Action) -> int:
+        return max(1, ticks(costs.seconds(action))) if action.kind in COMPUTE_KINDS else 0
+
+    return Program(
+        schedule=schedule.name,
+        num_microbatches=schedule.num_microbatches,
+        chunk_rank=schedule.chunk_rank,
+        chunks=chunks,
+        actions=post_receives(ranks, layout, duration, lambda a: ticks(costs.wire_seconds(a)), lead=1),
+        num_copies=schedule.num_copies,
+    )
+
+
+def ticks(seconds: float) -> int:
+    return round(seconds * TICKS_PER_SECOND)
+
+
+_Key = tuple[object, ...]
+
+
+class _Placer:
+    """Places ranks one by one; results of equal slots are shared between microbatches."""
+
+    def __init__(
+        self, chunks: tuple[ChunkShape, ...], layout: Layout, costs: CostTable, placement: Placement
+    ) -> None:
+        self._layout = layout
+        self._costs = costs
+        self._placement = placement
+        flows = [ChunkFlow(shape) for shape in chunks]
+        self._forward = [forward_graph(flow) for flow in flows]
+        self._backward = [backward_graph(flow) for flow in flows]
+        self._has_exchange = [
+            any(
+                max(costs.exchanges[c, e.name].forward, costs.exchanges[c, e.name].backward) > 0
+                for e in flow.exchanges
+            )
+            for c, flow in enumerate(flows)
+        ]
+        self._slots: dict[_Key, list[Step]] = {}
+
+    def place_rank(self, rank: int, slots: Sequence[Slot]) -> list[Action]:
+        """All actions of one rank, without receives, FREE, REDUCE and STEP."""
+        state = _RankState(self._costs.static_bytes[rank] if self._costs.static_bytes else 0)
+        upcoming = deque(op for slot in slots for op in ops_of(slot) if op.kind in (OpKind.B, OpKind.I))
+        for slot in slots:
+            ops = ops_of(slot)
+            if isinstance(slot, Op) and slot.kind is OpKind.W:
+                self._finish_weights(state, slot)
+                continue
+            for op in ops:
+                if op.kind in (OpKind.B, OpKind.I):
+                    upcoming.remove(op)
+            next_backward = upcoming[0] if upcoming else None
+            self._place_slot(state, ops, next_backward)
+        return state.actions
+
+    def _unit(self, state: _RankState, op: Op) -> Unit:
+        if op.kind is OpKind.F:
+            return Unit(op.chunk, self._forward[op.chunk], False, False, False)
+        graph = self._backward[op.chunk]
+        deferred = op.kind is OpKind.I
+        done = state.recomputed.pop((op.chunk, op.microbatch), set())
+        finished = frozenset(
+            position
+            for position, node in enumerate(graph.nodes)
+            if node.kind is ActionKind.RECOMPUTE and node.item in done
+        )
+        keeps = not deferred and self._placement.split_weights and self._has_exchange[op.chunk]
+        return Unit(op.chunk, graph, True, deferred or keeps, keeps, finished)
+
+    def _place_slot(self, state: _RankState, ops: tuple[Op, ...], next_backward: Op | None) -> None:
+        units = tuple(self._unit(state, op) for op in ops)
+        prefetch = self._prefetch(state, next_backward)
+        put_off = list(state.put_off)
+        queues = [[filler for filler, _ in put_off], prefetch]
+        headroom = None
+        if self._placement.memory_budget is not None:
+            receive_buffers = RECEIVE_BUFFERS * self._costs.message.payload_bytes
+            headroom = self._placement.memory_budget - state.live - receive_buffers
+        key: _Key = (
+            tuple((u.chunk, u.is_backward, u.split_weights, u.keeps_weights, u.finished) for u in units),
+            tuple(map(tuple, queues)),
+            headroom,
+        )
+        if key not in self._slots:
+            late = not self._placement.prefetch_recompute
+            self._slots[key] = SlotScheduler(units, queues, self._costs, headroom, late_recompute=late).run()
+        taken = [0, 0]
+        for step in self._slots[key]:
+            if step.source < len(ops):
+                self._emit(state, ops[step.source], step)
+                continue
+            queue = step.source - len(ops)
+            if queue == 0:
+                filler, microbatch = put_off[taken[0]]
+                state.put_off.popleft()
+            else:
+                assert next_backward is not None
+                filler, microbatch = prefetch[taken[1]], next_backward.microbatch
+                state.recomputed.setdefault((filler.chunk, microbatch), set()).add(filler.item)
+            taken[queue] += 1
+            self._append(state, Action(filler.kind, filler.chunk, microbatch, filler.item))
+        for op, unit in zip(ops, units, strict=True):
+            if op.kind is OpKind.I:
+                state.put_off.extend(
+                    (Filler(ActionKind.WEIGHT, op.chunk, node.item), op.microbatch)
+                    for node in unit.graph.nodes
+                    if node.kind is ActionKind.GRADIENT and node.has_weights
+                )
+            if op.kind is OpKind.F:
+                state.forwarded.add((op.chunk, op.microbatch))
+
+    def _prefetch(self, state: _RankState, op: Op | None) -> list[Filler]:
+        """What the next backward will have to recompute, if its forward has run."""
+        if op is None or not self._placement.prefetch_recompute:
+            return []
+        if (op.chunk, op.microbatch) not in state.forwarded:
+            return []
+        done = state.recomputed.get((op.chunk, op.microbatch), set())
+        return [
+            Filler(ActionKind.RECOMPUTE, op.chunk, item)
+            for item in _last_block_first(self._backward[op.chunk])
+            if item not in done
+        ]
+
+    def _emit(self, state: _RankState, op: Op, step: Step) -> None:
+        direction = Pass.FORWARD if op.kind is OpKind.F else Pass.BACKWARD
+        if step.kind in (ActionKind.ARRIVE, ActionKind.SEND):
+            arriving = step.kind is ActionKind.ARRIVE
+            action = boundary(self._layout, op.chunk, op.microbatch, direction, arriving=arriving)
+            if action is None:
+                return
+        else:
+            action = Action(
+                step.kind,
+                op.chunk,
+                op.microbatch,
+                step.item,
+                step.direction,
+                defer_weights=step.defer_weights,
+            )
+        self._append(state, action)
+
+    def _append(self, state: _RankState, action: Action) -> None:
+        state.actions.append(action)
+        if action.kind in COMPUTE_KINDS:
+            state.live += bytes_at_start(action, self._costs) - bytes_at_end(action, self._costs)
+
+    def _finish_weights(self, state: _RankState, op: Op) -> None:
+        """The W slot of the schedule: whatever of it no gap has taken yet."""
+        kept: deque[tuple[Filler, int]] = deque()
+        for filler, microbatch in state.put_off:
+            if (filler.chunk, microbatch) == (op.chunk, op.microbatch):
+                self._append(state, Action(ActionKind.WEIGHT, filler.chunk, microbatch, filler.item))
+            else:
+                kept.append((filler, microbatch))
+        state.put_off = kept
+
+
+class _RankState:
+    """What a rank carries from slot to slot."""
+
+    def __init__(self, static_bytes: int) -> None:
+        self.actions: list[Action] = []
+        self.live = static_bytes
+        self.put_off: deque[tuple[Filler, int]] = deque()
+        self.recomputed: dict[tuple[int, int], set[str]] = {}
+        self.forwarded: set[tuple[int, int]] = set()
+
+
+def _last_block_first(graph: OpGraph) -> list[str]:
+    """Phases to recompute, in an order that respects blocks and begins with what the backward needs first."""
+    order: list[str] = []
+    nodes = graph.nodes
+
+    def visit(position: int) -> None:
+        node = nodes[position]
+        if node.kind is ActionKind.RECOMPUTE and node.item not in order:
+            for need in node.needs:
+                visit(need)
+            order.append(node.item)
+
+    for node in nodes:
+        if node.kind is ActionKind.GRADIENT:
+            for need in node.needs:
+                visit(need)
+    return order

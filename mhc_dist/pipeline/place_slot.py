@@ -1,0 +1,264 @@
+"""List scheduling of one slot: which compute action runs next while exchanges are in flight.
+
+Works on positions, not microbatches, so that equal slots share one result. Standard library only.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from math import inf
+
+from mhc_dist.pipeline.action import Action, ActionKind, Pass
+from mhc_dist.pipeline.cost import CostTable, bytes_at_end, bytes_at_start
+from mhc_dist.pipeline.op_graph import Node, OpGraph, tails
+
+TINY_SECONDS = 1e-12
+"""Makes work that needs no message start before work that does, at equal urgency."""
+
+PATIENCE = 0.25
+"""An exchange that needs a short one first (the counts before the rows) is worth waiting this much of its own
+time for: issued later, it would miss the compute that could have hidden it."""
+
+
+@dataclass(frozen=True, slots=True)
+class Unit:
+    """One pass of the slot. `finished`: nodes that already ran, as fillers of earlier slots.
+
+    split_weights: GRADIENT leaves its weight half behind. keeps_weights: and this slot has to run them.
+    """
+
+    chunk: int
+    graph: OpGraph
+    is_backward: bool
+    split_weights: bool
+    keeps_weights: bool
+    finished: frozenset[int] = frozenset()
+
+
+@dataclass(frozen=True, slots=True)
+class Filler:
+    """Work of another slot that may run in a gap of this one, after the fillers in front of it."""
+
+    kind: ActionKind
+    chunk: int
+    item: str
+
+
+@dataclass(frozen=True, slots=True)
+class Step:
+    """One action of the result. `source` is a unit, or number of units + position of a filler queue."""
+
+    source: int
+    kind: ActionKind
+    item: str = ""
+    direction: Pass | None = None
+    defer_weights: bool = False
+
+
+@dataclass
+class SlotScheduler:
+    """Builds the steps of one slot. Times start at 0; `headroom` is memory left at the start, None if ample.
+
+    queues: fillers, each queue to be taken from its front; earlier queues are preferred.
+    """
+
+    units: Sequence[Unit]
+    queues: Sequence[Sequence[Filler]]
+    costs: CostTable
+    headroom: int | None
+    late_recompute: bool = False
+    steps: list[Step] = field(default_factory=list)
+
+    def run(self) -> list[Step]:
+        """All steps of the slot, in order."""
+        self._now = 0.0
+        self._live = 0
+        self._lane_free: dict[str, float] = {}
+        self._done: list[set[int]] = [set(unit.finished) for unit in self.units]
+        self._flying: list[dict[int, float]] = [{} for _ in self.units]
+        self._left: list[bool] = [False for _ in self.units]
+        self._arrived: list[bool] = [False for _ in self.units]
+        self._weights: list[tuple[int, str]] = []
+        self._taken = [0 for _ in self.queues]
+        self._tails = [tails(unit.graph, partial(self._node_seconds, unit)) for unit in self.units]
+        self._issue_ready()
+        while True:
+            best = self._best_candidate()
+            if best is None:
+                break
+            start, unit, position = best
+            if start > self._now + 2 * TINY_SECONDS and self._fill(start - self._now):
+                continue
+            self._run_node(unit, position)
+        while self._weights:
+            self._run_weight(0)
+        for unit in range(len(self.units)):
+            for position in list(self._flying[unit]):
+                self._wait(unit, position)
+            self._leave_if_complete(unit)
+        return self.steps
+
+    def _node_action(self, unit: Unit, node: Node) -> Action:
+        defer = node.kind is ActionKind.GRADIENT and unit.split_weights and node.has_weights
+        return Action(node.kind, unit.chunk, 0, node.item, node.direction, defer_weights=defer)
+
+    def _node_seconds(self, unit: Unit, node: Node) -> float:
+        action = self._node_action(unit, node)
+        return self.costs.wire_seconds(action) if node.is_exchange else self.costs.seconds(action)
+
+    def _best_candidate(self) -> tuple[float, int, int] | None:
+        """The node that can start first; among equals the most urgent. Respects memory if possible."""
+        best: tuple[tuple[bool, float, bool, float, int, int], float] | None = None
+        for u, unit in enumerate(self.units):
+            done, flying = self._done[u], self._flying[u]
+            for position, node in enumerate(unit.graph.nodes):
+                if position in done or position in flying:
+                    continue
+                if self.late_recompute and node.kind is ActionKind.RECOMPUTE:
+                    continue
+                start = self._now
+                for need in self._needs(unit, node):
+                    if need in flying:
+                        start = max(start, flying[need])
+                    elif need not in done:
+                        break
+                else:
+                    waits_for_message = node.needs_arrival and not self._arrived[u]
+                    start += TINY_SECONDS if waits_for_message else 0.0
+                    too_big = not self._fits(self._node_action(unit, node))
+                    # Recomputation can run under any exchange; so first run what starts one.
+                    wasted = node.kind is ActionKind.RECOMPUTE and not any(self._flying)
+                    rank = (too_big, start, wasted, -self._tails[u][position], u, position)
+                    if best is None or rank < best[0]:
+                        best = (rank, start)
+        return None if best is None else (best[1], best[0][4], best[0][5])
+
+    def _needs(self, unit: Unit, node: Node) -> tuple[int, ...]:
+        if not self.late_recompute:
+            return node.needs
+        kinds = (unit.graph.nodes[need].kind for need in node.needs)
+        return tuple(n for n, kind in zip(node.needs, kinds, strict=True) if kind is not ActionKind.RECOMPUTE)
+
+    def _fits(self, action: Action) -> bool:
+        return self.headroom is None or self._live + bytes_at_start(action, self.costs) <= self.headroom
+
+    def _run_action(self, source: int, action: Action) -> None:
+        self.steps.append(Step(source, action.kind, action.item, action.direction, action.defer_weights))
+        self._now += self.costs.seconds(action)
+        self._live += bytes_at_start(action, self.costs) - bytes_at_end(action, self.costs)
+
+    def _run_node(self, u: int, position: int) -> None:
+        unit = self.units[u]
+        node = unit.graph.nodes[position]
+        if self.late_recompute:
+            for need in node.needs:
+                self._recompute_late(u, need)
+        for need in node.needs:
+            self._wait(u, need)
+        if node.needs_arrival:
+            self._arrive(u)
+        action = self._node_action(unit, node)
+        if node.is_exchange:
+            self._issue(u, position, action)
+            return
+        self._run_action(u, action)
+        self._done[u].add(position)
+        if action.defer_weights and unit.keeps_weights:
+            self._weights.append((u, node.item))
+        self._issue_ready()
+        self._leave_if_complete(u)
+
+    def _recompute_late(self, u: int, position: int) -> None:
+        node = self.units[u].graph.nodes[position]
+        if node.kind is ActionKind.RECOMPUTE and position not in self._done[u]:
+            for need in node.needs:
+                self._recompute_late(u, need)
+            self._run_action(u, self._node_action(self.units[u], node))
+            self._done[u].add(position)
+
+    def _arrive(self, u: int) -> None:
+        if not self._arrived[u]:
+            self._arrived[u] = True
+            self.steps.append(Step(u, ActionKind.ARRIVE))
+
+    def _issue_ready(self) -> None:
+        """Start every exchange whose data is there, or is about to be (see PATIENCE)."""
+        for u, unit in enumerate(self.units):
+            for position, node in enumerate(unit.graph.nodes):
+                if not node.is_exchange or position in self._done[u] or position in self._flying[u]:
+                    continue
+                if node.needs_arrival and not self._arrived[u]:
+                    continue
+                action = self._node_action(unit, node)
+                patience = self._now + PATIENCE * self.costs.wire_seconds(action)
+                flying, done = self._flying[u], self._done[u]
+                if all(need in done or flying.get(need, inf) <= patience for need in node.needs):
+                    for need in node.needs:
+                        self._wait(u, need)
+                    self._issue(u, position, action)
+
+    def _issue(self, u: int, position: int, action: Action) -> None:
+        lane = self.costs.lane(action)
+        begin = max(self._now, self._lane_free.get(lane, 0.0))
+        self._lane_free[lane] = begin + self.costs.wire_seconds(action)
+        self._flying[u][position] = self._lane_free[lane]
+        self.steps.append(Step(u, ActionKind.ISSUE, action.item, action.direction))
+
+    def _wait(self, u: int, position: int) -> None:
+        """Complete an exchange if it is in flight."""
+        end = self._flying[u].pop(position, None)
+        if end is None:
+            return
+        node = self.units[u].graph.nodes[position]
+        self._now = max(self._now, end)
+        self._done[u].add(position)
+        self.steps.append(Step(u, ActionKind.WAIT, node.item, node.direction))
+
+    def _leave_if_complete(self, u: int) -> None:
+        if not self._left[u] and all(need in self._done[u] for need in self.units[u].graph.leaves_after):
+            self._left[u] = True
+            self.steps.append(Step(u, ActionKind.SEND))
+
+    def _run_weight(self, position: int) -> None:
+        u, item = self._weights.pop(position)
+        self._run_action(u, Action(ActionKind.WEIGHT, self.units[u].chunk, 0, item))
+
+    def _fill(self, gap: float) -> bool:
+        """Run one filler in a gap, if one fits it or overshoots by no more than half of itself."""
+        choices: list[tuple[float, int]] = []
+        for position, (u, item) in enumerate(self._weights):
+            action = Action(ActionKind.WEIGHT, self.units[u].chunk, 0, item)
+            choices.append((self.costs.seconds(action), position))
+        fitting = [choice for choice in choices if choice[0] <= gap]
+        if fitting:
+            self._run_weight(max(fitting, key=lambda c: (c[0], -c[1]))[1])
+            return True
+        queued = self._queued_fillers()
+        for seconds, queue, action in queued:
+            if seconds <= gap:
+                self._take(queue, action)
+                return True
+        if choices and min(choices)[0] <= 2 * gap:
+            self._run_weight(min(choices)[1])
+            return True
+        for seconds, queue, action in queued:
+            if seconds <= 2 * gap:
+                self._take(queue, action)
+                return True
+        return False
+
+    def _queued_fillers(self) -> list[tuple[float, int, Action]]:
+        result = []
+        for queue, fillers in enumerate(self.queues):
+            if self._taken[queue] < len(fillers):
+                filler = fillers[self._taken[queue]]
+                action = Action(filler.kind, filler.chunk, 0, filler.item)
+                if self._fits(action):
+                    result.append((self.costs.seconds(action), queue, action))
+        return result
+
+    def _take(self, queue: int, action: Action) -> None:
+        self._taken[queue] += 1
+        self._run_action(len(self.units) + queue, action)

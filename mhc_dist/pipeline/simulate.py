@@ -1,0 +1,187 @@
+"""Runs a program on virtual ranks: the time every action starts and ends, what is in flight, what is held.
+
+The same program object that the executor runs. Rules, as there: one compute thread per rank; an exchange
+flies from its ISSUE, on a lane that carries one thing at a time; a SEND returns at once and its transfer
+begins when the receiver has posted; WAIT and ARRIVE block. Standard library only.
+
+All ranks of an expert group run the same actions at the same costs, so one stands for all.
+"""
+
+from __future__ import annotations
+
+import heapq
+from dataclasses import dataclass, field
+
+from mhc_dist.pipeline.action import Action, ActionKind, Pass, Program
+from mhc_dist.pipeline.clock import Message, message_of
+from mhc_dist.pipeline.cost import CostTable, bytes_at_end, bytes_at_start
+from mhc_dist.pipeline.errors import InvalidProgram
+
+
+@dataclass(frozen=True, slots=True)
+class SimulatedAction:
+    """When an action ran. `blocked` is the part of it spent waiting for a transfer that was on the wire;
+    `starved` the part spent waiting for a peer that had not sent yet.
+    """
+
+    action: Action
+    start: float
+    end: float
+    blocked: float = 0.0
+    starved: float = 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class Flight:
+    """One transfer on a lane of a rank, from entering the lane to landing."""
+
+    action: Action
+    lane: str
+    start: float
+    end: float
+
+
+@dataclass
+class RankTimeline:
+    """One rank's step."""
+
+    actions: list[SimulatedAction] = field(default_factory=list)
+    flights: list[Flight] = field(default_factory=list)
+    memory: list[tuple[float, int]] = field(default_factory=list)
+    """(time, bytes held from then on)"""
+
+    @property
+    def peak_bytes(self) -> int:
+        return max((held for _, held in self.memory), default=0)
+
+    @property
+    def seconds(self) -> float:
+        return self.actions[-1].end if self.actions else 0.0
+
+    def busy(self, *kinds: ActionKind) -> float:
+        return sum(a.end - a.start for a in self.actions if a.action.kind in kinds)
+
+    def blocked(self, *kinds: ActionKind) -> float:
+        return sum(a.blocked for a in self.actions if a.action.kind in kinds)
+
+
+class _Rank:
+    """Progress of one rank."""
+
+    def __init__(self, actions: tuple[Action, ...], static_bytes: int) -> None:
+        self.actions = actions
+        self.position = 0
+        self.now = 0.0
+        self.held = static_bytes
+        self.lane_free: dict[str, float] = {}
+        self.landing: dict[tuple[int, int, str, Pass | None], float] = {}
+        self.timeline = RankTimeline(memory=[(0.0, static_bytes)])
+
+    def take(self, lane: str, earliest: float, seconds: float) -> tuple[float, float]:
+        """Occupy a lane as soon as it is free."""
+        start = max(earliest, self.lane_free.get(lane, 0.0))
+        self.lane_free[lane] = start + seconds
+        return start, start + seconds
+
+    def hold(self, time: float, delta: int) -> None:
+        if delta:
+            self.held += delta
+            self.timeline.memory.append((time, self.held))
+
+
+class Simulation:
+    """Simulate `program` under `costs`: results in `ranks`."""
+
+    def __init__(self, program: Program, costs: CostTable) -> None:
+        self._program = program
+        self._layout = program.layout
+        self._costs = costs
+        static = costs.static_bytes or (0,) * program.num_ranks
+        self._ranks = [_Rank(actions, held) for actions, held in zip(program.actions, static, strict=True)]
+        self._posted: dict[Message, float] = {}
+        self._sent: dict[Message, tuple[float, int, Action]] = {}
+        self._landed: dict[Message, float] = {}
+        self._parked: dict[Message, int] = {}
+        self._run()
+        self.ranks = [rank.timeline for rank in self._ranks]
+
+    @property
+    def makespan(self) -> float:
+        """Seconds of the step: the slowest rank."""
+        return max(timeline.seconds for timeline in self.ranks)
+
+    def _run(self) -> None:
+        # The rank with the earliest clock goes first, so that lanes are taken in order of time.
+        self._queue = [(0.0, index) for index in range(len(self._ranks))]
+        while self._queue:
+            _, index = heapq.heappop(self._queue)
+            rank = self._ranks[index]
+            if rank.position == len(rank.actions):
+                continue
+            if self._step(index, rank):
+                heapq.heappush(self._queue, (rank.now, index))
+        for index, rank in enumerate(self._ranks):
+            if rank.position < len(rank.actions):
+                raise InvalidProgram(index, rank.actions[rank.position], "waits for ever")
+
+    def _step(self, index: int, rank: _Rank) -> bool:
+        """Run one action; False if the rank has to be woken by a transfer."""
+        action = rank.actions[rank.position]
+        start = rank.now
+        blocked = starved = 0.0
+        rank.hold(start, bytes_at_start(action, self._costs))
+        match action.kind:
+            case ActionKind.ISSUE:
+                self._issue(rank, action)
+            case ActionKind.WAIT:
+                landing = rank.landing.pop(_exchange_key(action))
+                blocked = max(0.0, landing - start)
+                rank.now = start + blocked
+            case ActionKind.SEND:
+                message = message_of(action, self._layout)
+                self._sent[message] = (start, index, action)
+                self._match(message)
+            case ActionKind.RECV:
+                message = message_of(action, self._layout)
+                self._posted[message] = start
+                self._match(message)
+            case ActionKind.ARRIVE:
+                message = message_of(action, self._layout)
+                if message not in self._landed:
+                    self._parked[message] = index
+                    return False
+                landing = self._landed.pop(message)
+                sent = self._sent.pop(message)[0]
+                rank.now = max(start, landing)
+                starved = max(0.0, min(sent, rank.now) - start)
+                blocked = rank.now - start - starved
+            case _:
+                rank.now = start + self._costs.seconds(action)
+        rank.hold(rank.now, -bytes_at_end(action, self._costs, training=self._program.training))
+        rank.timeline.actions.append(SimulatedAction(action, start, rank.now, blocked, starved))
+        rank.position += 1
+        return True
+
+    def _issue(self, rank: _Rank, action: Action) -> None:
+        lane = self._costs.lane(action)
+        start, end = rank.take(lane, rank.now, self._costs.wire_seconds(action))
+        rank.landing[_exchange_key(action)] = end
+        rank.timeline.flights.append(Flight(action, lane, start, end))
+
+    def _match(self, message: Message) -> None:
+        """Start the transfer once it is sent and posted; wake whoever is parked for it."""
+        if message not in self._sent or message not in self._posted:
+            return
+        sent, source, action = self._sent[message]
+        cost = self._costs.message
+        earliest = max(sent, self._posted.pop(message))
+        start, end = self._ranks[source].take(cost.lane, earliest, cost.seconds)
+        self._ranks[source].timeline.flights.append(Flight(action, cost.lane, start, end))
+        self._landed[message] = end
+        parked = self._parked.pop(message, None)
+        if parked is not None:
+            heapq.heappush(self._queue, (max(end, self._ranks[parked].now), parked))
+
+
+def _exchange_key(action: Action) -> tuple[int, int, str, Pass | None]:
+    return (action.chunk, action.microbatch, action.item, action.direction)
