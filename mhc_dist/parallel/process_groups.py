@@ -73,6 +73,14 @@ def init_distributed(
     return device
 
 
+def run_store() -> dist.Store:
+    """A client of the world's key-value store for one user alone; rank 0's process hosts the store."""
+    # Private, but the only way to the store behind env://: a second one would need a second free port.
+    store: dist.Store = dist.distributed_c10d._get_default_store()
+    clone: dist.Store = store.clone()
+    return clone
+
+
 def destroy() -> None:
     """Leave the world. Without it a process ends with exit code -6 on some backends."""
     if dist.is_initialized():

@@ -1,0 +1,120 @@
+"""One rank's share of a run, put together: chunks, optimizer, executor, process groups."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+import torch
+import torch.distributed as dist
+from mhc_kernels.seam import make_backend
+from torch import Tensor
+
+from mhc_dist.config import RunConfig
+from mhc_dist.data.batches import Sequences
+from mhc_dist.optim.deepspeed_engine import OptimizerEngine, StepOutcome
+from mhc_dist.parallel.expert_exchange import ExpertExchange
+from mhc_dist.parallel.process_groups import ProcessGroups
+from mhc_dist.parallel.program import RunPrograms
+from mhc_dist.parallel.stage import Stage
+from mhc_dist.pipeline.action import Action
+from mhc_dist.pipeline.executor import Executor, Microbatch
+from mhc_dist.pipeline.transport import GroupTransport
+from mhc_dist.topology import Topology
+
+STREAM_DTYPE = {"fp32": torch.float32, "bf16": torch.bfloat16}
+
+
+class StepVerdict(NamedTuple):
+    """What all ranks know alike after a step: its mean loss, and whether anyone was asked to stop."""
+
+    loss: float
+    stop: bool
+
+
+@dataclass
+class Worker:
+    """Everything a training step needs on this rank. It is its executor's `StepEnd`."""
+
+    config: RunConfig
+    programs: RunPrograms
+    topology: Topology
+    groups: ProcessGroups
+    device: torch.device
+    stage: Stage
+    engine: OptimizerEngine
+    executor: Executor
+    _outcome: StepOutcome | None = field(default=None, init=False)
+
+    @classmethod
+    def build(
+        cls,
+        config: RunConfig,
+        programs: RunPrograms,
+        topology: Topology,
+        groups: ProcessGroups,
+        device: torch.device,
+        on_action: Callable[[Action], None] | None = None,
+    ) -> Worker:
+        """Build this rank's chunks from the seed and connect them. Collective over the world."""
+        exchange = ExpertExchange(
+            config.model.num_experts, topology.expert, groups.expert_forward, groups.expert_backward
+        )
+        stage = Stage(
+            config,
+            programs.places_of(topology.pipeline_rank),
+            make_backend(config.kernels.backend),
+            exchange,
+            topology.expert_rank,
+            device,
+        )
+        engine = OptimizerEngine(stage, config, topology)
+        peers = {rank: topology.rank_of(rank, topology.data_rank) for rank in range(topology.pipeline)}
+        num_tokens = config.data.sequences_per_microbatch * config.data.sequence_length
+        shape = (num_tokens, config.residual.num_streams, config.model.hidden_size)
+        transport = GroupTransport(
+            groups.channels, peers, topology.rank, shape, STREAM_DTYPE[config.train.precision], device
+        )
+        executor = Executor(topology.pipeline_rank, stage.by_index, transport, on_action)
+        return cls(config, programs, topology, groups, device, stage, engine, executor)
+
+    def microbatches(self, load: Callable[[int, int], Sequences]) -> list[Microbatch]:
+        """This data rank's microbatches of a global batch, whose rows `load(first, count)` gives.
+
+        Rows go to microbatches first and data ranks second, so that the global batch is the same on every
+        topology of equal size.
+        """
+        rows = self.config.data.sequences_per_microbatch
+        data, data_rank = self.topology.data, self.topology.data_rank
+        microbatches = []
+        for index in range(self.config.schedule.num_microbatches):
+            sequences = load((index * data + data_rank) * rows, rows)
+            microbatches.append(
+                Microbatch(
+                    torch.from_numpy(sequences.inputs).to(self.device),
+                    torch.from_numpy(sequences.targets).to(self.device),
+                )
+            )
+        return microbatches
+
+    # The end of a training program
+
+    def reduce(self) -> None:
+        self.engine.reduce_gradients()
+
+    def step(self) -> None:
+        self._outcome = self.engine.finish_step()
+
+    def take_outcome(self) -> StepOutcome:
+        """What the last optimizer step did."""
+        assert self._outcome is not None, "no step was made"
+        outcome, self._outcome = self._outcome, None
+        return outcome
+
+    def agree(self, losses: list[Tensor], *, stop: bool = False) -> StepVerdict:
+        """Mean loss over all microbatches of all data ranks, and stop requests. Collective, one host sync."""
+        mean = torch.stack(losses).double().mean().item() if losses else 0.0
+        facts = torch.tensor([mean, float(bool(losses)), float(stop)], dtype=torch.float64)
+        dist.all_reduce(facts, group=self.groups.control)
+        return StepVerdict(loss=(facts[0] / facts[1]).item(), stop=bool(facts[2] > 0))
