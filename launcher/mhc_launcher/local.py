@@ -59,6 +59,9 @@ def report(config: RunConfig, ended: Ended) -> int:
     if ended.stopped_by is not None:
         _say(config, f"was stopped by {ended.stopped_by.name}")
         return code or 128 + ended.stopped_by
+    if failure := run_folder.read_failure(config.folder):
+        _say(config, f"failed on rank {failure.rank}: {failure.message.rstrip('.')}")
+        return failure.exit_code
     if code - 128 in set(signal.Signals):
         _say(config, f"failed: a process was killed by {signal.Signals(code - 128).name}")
     elif code == 0:

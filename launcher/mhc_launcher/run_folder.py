@@ -11,6 +11,7 @@ import fcntl
 import json
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,16 @@ from mhc_dist.config import RunConfig, dump_config
 
 CONFIG_FILE = "config.yaml"
 SUMMARY_FILE = "summary.json"
+FAILURE_FILE = "failure.json"
+
+
+@dataclass(frozen=True)
+class Failure:
+    """What a rank said about its end."""
+
+    rank: int
+    exit_code: int
+    message: str
 
 
 @contextmanager
@@ -50,6 +61,12 @@ def read_summary(folder: Path) -> dict[str, Any] | None:
     """What rank 0 wrote at the end of a run that succeeded."""
     path = folder / SUMMARY_FILE
     return json.loads(path.read_text()) if path.exists() else None
+
+
+def read_failure(folder: Path) -> Failure | None:
+    """What the first rank to fail wrote, if it had the chance."""
+    path = folder / FAILURE_FILE
+    return Failure(**json.loads(path.read_text())) if path.exists() else None
 
 
 def _make_folder(folder: Path) -> None:

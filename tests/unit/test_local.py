@@ -49,6 +49,18 @@ def test_an_end_without_summary_is_told_in_one_line(
     assert words in captured.err
 
 
+def test_what_the_first_rank_to_fail_said_is_told(
+    config: RunConfig, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Oracle: the file as mhc_dist/train.py writes it; the launcher may have seen a victim's code first."""
+    said = {"rank": 3, "exit_code": 2, "message": "data.corpus changed under us. Start again."}
+    (config.folder / run_folder.FAILURE_FILE).write_text(json.dumps(said))
+    assert report(config, Ended(81, None)) == 2
+    assert capsys.readouterr().err == (
+        "mhc-dist: run tiny failed on rank 3: data.corpus changed under us. Start again.\n"
+    )
+
+
 def test_the_summary_decides_about_success(config: RunConfig, capsys: pytest.CaptureFixture[str]) -> None:
     """Oracle: a summary as rank 0 writes it; a crash after it is told but changes nothing."""
     (config.folder / run_folder.SUMMARY_FILE).write_text('{"steps": 3}')
