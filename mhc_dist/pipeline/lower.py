@@ -32,7 +32,7 @@ def lower(schedule: CoarseSchedule, chunks: tuple[ChunkShape, ...], *, training:
         num_microbatches=schedule.num_microbatches,
         chunk_rank=schedule.chunk_rank,
         chunks=chunks,
-        actions=post_receives(ranks, layout),
+        actions=post_receives(ranks, layout, lead=1),
         training=training,
         num_copies=schedule.num_copies,
     )

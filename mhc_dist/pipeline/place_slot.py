@@ -15,7 +15,8 @@ from mhc_dist.pipeline.cost import CostTable, bytes_at_end, bytes_at_start
 from mhc_dist.pipeline.op_graph import Node, OpGraph, tails
 
 TINY_SECONDS = 1e-12
-"""Makes work that needs no message start before work that does, at equal urgency."""
+"""Breaks ties between what could start now: first what needs no message, and recomputation last while no
+exchange is in flight in a pair, because it could run under the exchange that something else starts."""
 
 PATIENCE = 0.25
 """An exchange that needs a short one first (the counts before the rows) is worth waiting this much of its own
@@ -89,7 +90,7 @@ class SlotScheduler:
             if best is None:
                 break
             start, unit, position = best
-            if start > self._now + 2 * TINY_SECONDS and self._fill(start - self._now):
+            if start > self._now + 3 * TINY_SECONDS and self._fill(start - self._now):
                 continue
             self._run_node(unit, position)
         while self._weights:
@@ -110,7 +111,7 @@ class SlotScheduler:
 
     def _best_candidate(self) -> tuple[float, int, int] | None:
         """The node that can start first; among equals the most urgent. Respects memory if possible."""
-        best: tuple[tuple[bool, float, bool, float, int, int], float] | None = None
+        best: tuple[tuple[bool, float, float, int, int], float] | None = None
         for u, unit in enumerate(self.units):
             done, flying = self._done[u], self._flying[u]
             for position, node in enumerate(unit.graph.nodes):
@@ -125,15 +126,16 @@ class SlotScheduler:
                     elif need not in done:
                         break
                 else:
-                    waits_for_message = node.needs_arrival and not self._arrived[u]
-                    start += TINY_SECONDS if waits_for_message else 0.0
-                    too_big = not self._fits(self._node_action(unit, node))
-                    # Recomputation can run under any exchange; so first run what starts one.
+                    if node.needs_arrival and not self._arrived[u]:
+                        start += TINY_SECONDS
                     wasted = node.kind is ActionKind.RECOMPUTE and not any(self._flying)
-                    rank = (too_big, start, wasted, -self._tails[u][position], u, position)
+                    if wasted and len(self.units) > 1:
+                        start += 2 * TINY_SECONDS
+                    too_big = not self._fits(self._node_action(unit, node))
+                    rank = (too_big, start, -self._tails[u][position], u, position)
                     if best is None or rank < best[0]:
                         best = (rank, start)
-        return None if best is None else (best[1], best[0][4], best[0][5])
+        return None if best is None else (best[1], best[0][3], best[0][4])
 
     def _needs(self, unit: Unit, node: Node) -> tuple[int, ...]:
         if not self.late_recompute:

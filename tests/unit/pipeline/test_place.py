@@ -1,0 +1,190 @@
+"""Placement: safe programs, less exposed communication, recompute inside windows, memory within budget."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+
+from mhc_dist.pipeline.action import ActionKind, ChunkShape, Program
+from mhc_dist.pipeline.lower import lower
+from mhc_dist.pipeline.place import Placement, place
+from mhc_dist.pipeline.recompute_blocks import with_recompute
+from mhc_dist.pipeline.schedules.registry import SCHEDULES, make_schedule
+from mhc_dist.pipeline.simulate import Simulation
+from mhc_dist.pipeline.summary import Summary, summarize
+from mhc_dist.pipeline.validate import validate
+from tests.unit.pipeline.chunk_shapes import chunks_for, dense_chunk, experts_chunk
+from tests.unit.pipeline.cost_tables import costs_for
+
+
+def recomputing_chunk() -> ChunkShape:
+    """Three layers; attention drops, in blocks of two layers and one."""
+    return with_recompute(experts_chunk(3), [["attention0", "attention1"], ["attention2"]])
+
+
+def placed(
+    name: str, shape: ChunkShape, *, wire: float, recompute: float = 0.0, placement: Placement | None = None
+) -> tuple[Program, Summary]:
+    schedule = make_schedule(name, 4, 16)
+    costs = costs_for(schedule, shape, wire=wire, recompute=recompute)
+    program = place(schedule, chunks_for(schedule, shape), costs, placement)
+    return program, summarize(Simulation(program, costs))
+
+
+def unplaced(name: str, shape: ChunkShape, *, wire: float, recompute: float = 0.0) -> Summary:
+    schedule = make_schedule(name, 4, 16)
+    costs = costs_for(schedule, shape, wire=wire, recompute=recompute)
+    return summarize(Simulation(lower(schedule, chunks_for(schedule, shape)), costs))
+
+
+@pytest.mark.parametrize("name", sorted(SCHEDULES))
+@pytest.mark.parametrize("wire", [0.0, 0.3, 1.0, 5.0])
+def test_placed_programs_are_valid(name: str, wire: float) -> None:
+    """Oracle: the validator, for every schedule, link speed and placement option."""
+    for num_ranks in (1, 2, 4, 6):
+        if name == "dualpipe" and num_ranks % 2:
+            continue
+        schedule = make_schedule(name, num_ranks, 2 * num_ranks + num_ranks % 2 * num_ranks)
+        shape = recomputing_chunk()
+        costs = costs_for(schedule, shape, wire=wire, counts=wire / 20, recompute=0.25, message=0.1)
+        for placement in (Placement(), Placement(None, False, False), Placement(2500)):
+            validate(place(schedule, chunks_for(schedule, shape), costs, placement))
+
+
+@pytest.mark.parametrize("name", sorted(SCHEDULES))
+def test_placing_is_deterministic_and_complete(name: str) -> None:
+    """Oracle: the plain lowering does the same work, apart from where weight gradients are put off."""
+    schedule = make_schedule(name, 4, 8)
+    shape = recomputing_chunk()
+    costs = costs_for(schedule, shape, wire=0.5, recompute=0.25)
+    first = place(schedule, chunks_for(schedule, shape), costs)
+    again = place(schedule, chunks_for(schedule, shape), costs)
+    assert first.digest() == again.digest()
+    plain = lower(schedule, chunks_for(schedule, shape))
+    for ours, theirs in zip(first.actions, plain.actions, strict=True):
+        kinds = (ActionKind.GRADIENT, ActionKind.WEIGHT)
+        assert {str(a) for a in ours if a.kind not in kinds} == {
+            str(a) for a in theirs if a.kind not in kinds
+        }
+        gradients = [
+            {(a.chunk, a.microbatch, a.item) for a in r if a.kind is kinds[0]} for r in (ours, theirs)
+        ]
+        assert gradients[0] == gradients[1]
+
+
+@pytest.mark.parametrize("name", sorted(SCHEDULES))
+def test_weight_gradients_add_up_in_microbatch_order(name: str) -> None:
+    """Oracle: the plain lowering's order per phase; sums of floats then agree bit for bit."""
+    schedule = make_schedule(name, 4, 16)
+    shape = recomputing_chunk()
+    costs = costs_for(schedule, shape, wire=1.0, recompute=0.25)
+    program = place(schedule, chunks_for(schedule, shape), costs)
+    for actions in program.actions:
+        order: dict[tuple[int, str], list[int]] = {}
+        for a in actions:
+            if a.kind is ActionKind.WEIGHT or (a.kind is ActionKind.GRADIENT and not a.defer_weights):
+                order.setdefault((a.chunk, a.item), []).append(a.microbatch)
+        assert all(order_of_phase == sorted(order_of_phase) for order_of_phase in order.values())
+
+
+def test_exchanges_hide_behind_the_paired_microbatch() -> None:
+    """Oracle: by hand. Half as much wire as compute per layer fits into the windows of a pair; what stays
+    exposed belongs to fill and drain, so more microbatches hide a larger share.
+    """
+    before = unplaced("dualpipev", experts_chunk(3), wire=0.5)
+    _, after = placed("dualpipev", experts_chunk(3), wire=0.5)
+    assert after.all_to_all_hidden_ratio > 0.8
+    assert after.step_seconds < 0.92 * before.step_seconds
+    assert after.compute_seconds == pytest.approx(before.compute_seconds)
+    schedule = make_schedule("dualpipev", 4, 64)
+    costs = costs_for(schedule, experts_chunk(3), wire=0.5)
+    long = summarize(Simulation(place(schedule, chunks_for(schedule, experts_chunk(3)), costs), costs))
+    assert long.all_to_all_hidden_ratio > 0.95
+
+
+@pytest.mark.parametrize("name", sorted(SCHEDULES))
+@pytest.mark.parametrize("wire", [0.25, 1.0])
+def test_placing_never_loses_much(name: str, wire: float) -> None:
+    """Oracle: the plain lowering under the same costs."""
+    before = unplaced(name, experts_chunk(2), wire=wire)
+    _, after = placed(name, experts_chunk(2), wire=wire)
+    assert after.step_seconds <= 1.02 * before.step_seconds
+
+
+@pytest.mark.parametrize("wire", [0.5, 1.0, 2.0])
+def test_recompute_moves_into_windows(wire: float) -> None:
+    """Oracle: the same costs with recompute right before use; and without recompute at all."""
+    late = Placement(prefetch_recompute=False)
+    _, before = placed("dualpipev", recomputing_chunk(), wire=wire, recompute=0.25, placement=late)
+    _, after = placed("dualpipev", recomputing_chunk(), wire=wire, recompute=0.25)
+    assert after.recompute_hidden_ratio > 0.7
+    assert after.step_seconds <= before.step_seconds
+    if wire == 2.0:
+        # Here windows are longer than what fills them, so most of the recompute costs nothing.
+        free = placed("dualpipev", recomputing_chunk(), wire=wire)[1]
+        assert after.step_seconds - free.step_seconds < 0.3 * after.recompute_seconds
+
+
+def test_memory_budget_is_kept() -> None:
+    """Oracle: the simulator's memory timeline, at every budget between too little and ample."""
+    schedule = make_schedule("dualpipev", 4, 16)
+    shape = recomputing_chunk()
+    costs = costs_for(schedule, shape, wire=1.0, recompute=0.25)
+    ample = placed("dualpipev", shape, wire=1.0, recompute=0.25)[1]
+    needed = max(
+        placed("dualpipev", shape, wire=1.0, recompute=0.25, placement=Placement(None, False, False))[
+            1
+        ].peak_bytes
+    )
+    for budget in range(needed + 60, max(ample.peak_bytes) + 60, 10):
+        program = place(schedule, chunks_for(schedule, shape), costs, Placement(memory_budget=budget))
+        assert max(summarize(Simulation(program, costs)).peak_bytes) <= budget
+
+
+def test_without_exchanges_the_schedule_is_kept() -> None:
+    """Oracle: the plain lowering; with nothing to hide there is nothing to move."""
+    schedule = make_schedule("1f1b", 3, 5)
+    chunks = chunks_for(schedule, dense_chunk())
+    ours = place(schedule, chunks, costs_for(schedule, dense_chunk()))
+    theirs = lower(schedule, chunks)
+    for rank in range(3):
+        kinds = (ActionKind.RECV,)
+        assert [a for a in ours.actions[rank] if a.kind not in kinds] == [
+            a for a in theirs.actions[rank] if a.kind not in kinds
+        ]
+
+
+def test_chunks_must_match_the_schedule() -> None:
+    """Oracle: the reason written here by hand."""
+    schedule = make_schedule("1f1b", 2, 2)
+    with pytest.raises(ValueError, match="1 chunks given, but the schedule lays out 2"):
+        place(schedule, (dense_chunk(),), costs_for(schedule, dense_chunk()))
+
+
+def test_recompute_is_validated() -> None:
+    """Oracle: by hand. A recompute left out, doubled, or before that of its block's start is refused."""
+    schedule = make_schedule("1f1b", 1, 1)
+    shape = with_recompute(experts_chunk(2), [["attention0", "attention1"]])
+    program = lower(schedule, (shape,))
+    actions = program.actions[0]
+    where = [i for i, a in enumerate(actions) if a.kind is ActionKind.RECOMPUTE]
+    assert [actions[i].item for i in where] == ["attention0", "attention1"]
+    first, second = where
+    for mutated, reason in [
+        ([*actions[:second], *actions[second + 1 :]], "what it dropped was not recomputed"),
+        ([*actions[:second], actions[second], *actions[second:]], "already recomputed"),
+        (
+            [*actions[:first], actions[second], *actions[first:second], *actions[second + 1 :]],
+            "attention0 must be recomputed first",
+        ),
+        ([actions[first], *actions[:first], *actions[first + 1 :]], "its forward has not run"),
+    ]:
+        with pytest.raises(ValueError, match=reason):
+            validate(replace(program, actions=(tuple(mutated),)))
+    for blocks, reason in [
+        ([["attention0"], ["attention0"]], "in two recompute blocks"),
+        ([["attention9"]], "which the chunk does not have"),
+    ]:
+        with pytest.raises(ValueError, match=reason):
+            with_recompute(experts_chunk(), blocks)
