@@ -1,0 +1,152 @@
+# mypy: ignore-errors
+# ruff: noqa: RUF005
+# Device code is Triton's language: untyped, and without the unpacking of tuples that RUF005 asks for.
+"""B2: total gradient of x', pushed on to x and y; partial sums of gradients reduced over tokens or channels.
+
+Also the backward of `post` at a chunk's end (HAS_NEXT false: the incoming gradient is the total).
+
+Grid (C / BC, TOKEN_SPLITS). A program owns BC channels of all streams, so phi stays resident and dphi grows
+in registers while it walks its tokens. x' is recomputed from x and y, which are read anyway. Sums over
+channels (dres, dpost) are stored per channel block, sums over tokens (dphi, dgain) per token split; the
+reduce_partials kernels add them in a fixed order.
+"""
+
+import triton
+import triton.language as tl
+
+from mhc_kernels.device.common import collapsed, load_coefficients, load_streams, mixed_stream
+
+
+@triton.jit(do_not_specialize=["num_tokens", "tokens_per_split"])
+def backward_apply_kernel(
+    x_ptr,  # (T, N, C) streams the seam read
+    y_ptr,  # (T, C)
+    post_ptr,  # (T, N) fp32
+    res_ptr,  # (T, N, N) fp32
+    g_ptr,  # (T, N, C) gradient of x' from the next seam
+    d_h_ptr,  # (T, C)
+    gain_ptr,  # (C,)
+    used_pre_ptr,  # (T, N) fp32
+    rstd_h_ptr,  # (T,) fp32
+    h_dot_ptr,  # (T,) fp32
+    shrink_ptr,  # (T,) fp32
+    d_projection_ptr,  # (T, M) fp32
+    phi_ptr,  # (M, N*C) fp32
+    d_x_ptr,  # (T, N, C)
+    d_y_ptr,  # (T, C)
+    dots_ptr,  # (C / BC, N + N*N, T) fp32: partial dpost, dres
+    d_phi_ptr,  # (TOKEN_SPLITS, M, N*C) fp32
+    d_gain_ptr,  # (TOKEN_SPLITS, C) fp32
+    num_tokens,
+    tokens_per_split,
+    C: tl.constexpr,
+    N: tl.constexpr,
+    M: tl.constexpr,
+    M_PAD: tl.constexpr,
+    HAS_UPDATE: tl.constexpr,
+    HAS_NEXT: tl.constexpr,
+    MIXED: tl.constexpr,
+    PRECISION: tl.constexpr,
+    BT: tl.constexpr,
+    BC: tl.constexpr,
+):
+    channel_block, token_split = tl.program_id(0), tl.program_id(1)
+    cols = channel_block * BC + tl.arange(0, BC)
+    col_ok = cols < C
+    coefficient = tl.arange(0, M_PAD)
+    coefficient_ok = coefficient < M
+    num_dots: tl.constexpr = N + (N * N if MIXED else 0)
+    num_rows = num_tokens.to(tl.int64)
+
+    if HAS_NEXT:
+        gain = tl.load(gain_ptr + cols, mask=col_ok, other=0.0).to(tl.float32)
+        d_gain = tl.zeros((BC,), dtype=tl.float32)
+        phi_offsets = coefficient[:, None] * (N * C) + cols[None, :]
+        phi_mask = coefficient_ok[:, None] & col_ok[None, :]
+        phis = ()
+        d_phis = ()
+        for o in tl.static_range(N):
+            phis = phis + (tl.load(phi_ptr + phi_offsets + o * C, mask=phi_mask, other=0.0),)
+            d_phis = d_phis + (tl.zeros((M_PAD, BC), dtype=tl.float32),)
+
+    split_begin = token_split * tokens_per_split
+    split_end = tl.minimum(split_begin + tokens_per_split, num_tokens)
+    for begin in range(split_begin, split_end, BT):
+        rows = (begin + tl.arange(0, BT)).to(tl.int64)
+        row_ok = rows < split_end
+        mask = row_ok[:, None] & col_ok[None, :]
+        row_offsets = rows[:, None] * C + cols[None, :]
+        stream_offsets = rows[:, None] * (N * C) + cols[None, :]
+        xs = load_streams(x_ptr, rows, cols, mask, N, C)
+        new_xs = xs
+        if HAS_UPDATE:
+            dots = dots_ptr + channel_block * num_dots * num_rows + rows
+            post = load_coefficients(post_ptr, rows, row_ok, N, N)
+            res = ()
+            if MIXED:
+                res = load_coefficients(res_ptr, rows, row_ok, N * N, N * N)
+            y = tl.load(y_ptr + row_offsets, mask=mask, other=0.0).to(tl.float32)
+            if HAS_NEXT:
+                new_xs = ()
+                for o in tl.static_range(N):
+                    rounded = mixed_stream(o, xs, y, post, res, N, MIXED).to(x_ptr.dtype.element_ty)
+                    new_xs = new_xs + (rounded.to(tl.float32),)
+        if HAS_NEXT:
+            pre = load_coefficients(used_pre_ptr, rows, row_ok, N, N)
+            rstd_h = tl.load(rstd_h_ptr + rows, mask=row_ok, other=0.0)
+            h_dot = tl.load(h_dot_ptr + rows, mask=row_ok, other=0.0)
+            shrink = tl.load(shrink_ptr + rows, mask=row_ok, other=0.0)
+            d_projection = tl.load(
+                d_projection_ptr + rows[:, None] * M + coefficient[None, :],
+                mask=row_ok[:, None] & coefficient_ok[None, :],
+                other=0.0,
+            )
+            d_h = tl.load(d_h_ptr + row_offsets, mask=mask, other=0.0).to(tl.float32)
+            unit = collapsed(new_xs, pre, N) * rstd_h[:, None]
+            d_gain += tl.sum(d_h * unit, axis=0)
+            d_u = (d_h * gain[None, :] - unit * h_dot[:, None]) * rstd_h[:, None]
+
+        d_xs = ()
+        d_y = tl.zeros((BT, BC), dtype=tl.float32)
+        grown = ()
+        for o in tl.static_range(N):
+            total = tl.load(g_ptr + stream_offsets + o * C, mask=mask, other=0.0).to(tl.float32)
+            if HAS_NEXT:
+                total += pre[o][:, None] * d_u - shrink[:, None] * new_xs[o]
+                total = tl.dot(d_projection, phis[o], total, input_precision=PRECISION)
+                grown = grown + (
+                    tl.dot(tl.trans(d_projection), new_xs[o], d_phis[o], input_precision=PRECISION),
+                )
+            if HAS_UPDATE:
+                d_y += post[o][:, None] * total
+                tl.store(dots + o * num_rows, tl.sum(total * y, axis=1), mask=row_ok)
+                if MIXED:
+                    for i in tl.static_range(N):
+                        dot = tl.sum(total * xs[i], axis=1)
+                        tl.store(dots + (N + o * N + i) * num_rows, dot, mask=row_ok)
+                    if o == 0:
+                        for i in tl.static_range(N):
+                            d_xs = d_xs + (res[o * N + i][:, None] * total,)
+                    else:
+                        added = ()
+                        for i in tl.static_range(N):
+                            added = added + (d_xs[i] + res[o * N + i][:, None] * total,)
+                        d_xs = added
+                else:
+                    tl.store(d_x_ptr + stream_offsets + o * C, total.to(d_x_ptr.dtype.element_ty), mask=mask)
+            else:
+                tl.store(d_x_ptr + stream_offsets + o * C, total.to(d_x_ptr.dtype.element_ty), mask=mask)
+        if HAS_NEXT:
+            d_phis = grown
+        if HAS_UPDATE:
+            tl.store(d_y_ptr + row_offsets, d_y.to(d_y_ptr.dtype.element_ty), mask=mask)
+            if MIXED:
+                for i in tl.static_range(N):
+                    d_x = d_xs[i].to(d_x_ptr.dtype.element_ty)
+                    tl.store(d_x_ptr + stream_offsets + i * C, d_x, mask=mask)
+
+    if HAS_NEXT:
+        tl.store(d_gain_ptr + token_split * C + cols, d_gain, mask=col_ok)
+        split_ptr = d_phi_ptr + token_split.to(tl.int64) * (M * N * C)
+        for o in tl.static_range(N):
+            tl.store(split_ptr + phi_offsets + o * C, d_phis[o], mask=phi_mask)

@@ -1,0 +1,65 @@
+# mypy: ignore-errors
+# ruff: noqa: RUF005
+# Device code is Triton's language: untyped, and without the unpacking of tuples that RUF005 asks for.
+"""Pieces shared by the kernels: tiles of streams and the arithmetic that must be identical everywhere.
+
+Legend: T tokens, N streams, C channels, M coefficients per token; BT, BC tile sizes; `rows` (BT,) token
+indices, `cols` (BC,) channel indices. Streams are tuples of N tiles (BT, BC), coefficients tuples of (BT,).
+
+`mixed_stream` and `scaled_input` are the only places where x' and h are computed. Forward, backward and
+recompute call them with the same operands in the same order, which is what makes recompute bit-equal.
+"""
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def load_coefficients(pointer, rows, row_ok, stride, COUNT: tl.constexpr):
+    """COUNT vectors (BT,) of a (T, stride) fp32 array."""
+    loaded = ()
+    for k in tl.static_range(COUNT):
+        loaded = loaded + (tl.load(pointer + rows * stride + k, mask=row_ok, other=0.0),)
+    return loaded
+
+
+@triton.jit
+def load_streams(pointer, rows, cols, mask, N: tl.constexpr, C: tl.constexpr):
+    """N tiles (BT, BC) of a (T, N, C) array, in fp32."""
+    loaded = ()
+    for i in tl.static_range(N):
+        offsets = rows[:, None] * (N * C) + i * C + cols[None, :]
+        loaded = loaded + (tl.load(pointer + offsets, mask=mask, other=0.0).to(tl.float32),)
+    return loaded
+
+
+@triton.jit
+def mixed_stream(o: tl.constexpr, xs, y, post, res, N: tl.constexpr, MIXED: tl.constexpr):
+    """x'[o] = post[o] y + sum_i res[o, i] x[i], (BT, BC) fp32 before rounding. Not MIXED: H_res = I."""
+    total = post[o][:, None] * y
+    if MIXED:
+        for i in tl.static_range(N):
+            total += res[o * N + i][:, None] * xs[i]
+    else:
+        total += xs[o]
+    return total
+
+
+@triton.jit
+def collapsed(xs, pre, N: tl.constexpr):
+    """u = sum_i pre[i] x[i], (BT, BC) fp32."""
+    total = pre[0][:, None] * xs[0]
+    for i in tl.static_range(1, N):
+        total += pre[i][:, None] * xs[i]
+    return total
+
+
+@triton.jit
+def scaled_input(u, rstd, gain):
+    """h before rounding: RMSNorm of u."""
+    return u * rstd[:, None] * gain[None, :]
+
+
+@triton.jit
+def sigmoid(logits):
+    return 1.0 / (1.0 + tl.exp(-logits))

@@ -1,0 +1,73 @@
+# mypy: ignore-errors
+# Device code is Triton's language: untyped, and without the unpacking of tuples that RUF005 asks for.
+"""K1: x' = res x + post y, rounded and stored; partial projections phi x' and partial squares of x'.
+
+Grid (T / BT, SPLITS). A program owns BT tokens and a contiguous range of channels of all N streams. Partials
+are stored per split and summed by mix_pre in split order: no atomics. Without an update (HAS_UPDATE false)
+this is the kernel `project` of a chunk's first sublayer: nothing is stored but the partials.
+"""
+
+import triton
+import triton.language as tl
+
+from mhc_kernels.device.common import load_coefficients, load_streams, mixed_stream
+
+
+@triton.jit(do_not_specialize=["num_tokens"])
+def post_project_kernel(
+    x_ptr,  # (T, N, C) streams
+    y_ptr,  # (T, C) output of sublayer l
+    post_ptr,  # (T, N) fp32
+    res_ptr,  # (T, N, N) fp32
+    phi_ptr,  # (M, N*C) fp32
+    out_ptr,  # (T, N, C) x'
+    partial_ptr,  # (SPLITS, T, M) fp32
+    square_ptr,  # (SPLITS, T) fp32
+    num_tokens,
+    C: tl.constexpr,
+    N: tl.constexpr,
+    M: tl.constexpr,
+    M_PAD: tl.constexpr,
+    SPLIT_CHANNELS: tl.constexpr,
+    HAS_UPDATE: tl.constexpr,
+    MIXED: tl.constexpr,
+    PRECISION: tl.constexpr,
+    BT: tl.constexpr,
+    BC: tl.constexpr,
+):
+    split = tl.program_id(1)
+    rows = (tl.program_id(0) * BT + tl.arange(0, BT)).to(tl.int64)
+    row_ok = rows < num_tokens
+    coefficient = tl.arange(0, M_PAD)
+    if HAS_UPDATE:
+        post = load_coefficients(post_ptr, rows, row_ok, N, N)
+        res = ()
+        if MIXED:
+            res = load_coefficients(res_ptr, rows, row_ok, N * N, N * N)
+
+    projection = tl.zeros((BT, M_PAD), dtype=tl.float32)
+    squares = tl.zeros((BT,), dtype=tl.float32)
+    first = split * SPLIT_CHANNELS
+    for offset in range(0, SPLIT_CHANNELS, BC):
+        cols = first + offset + tl.arange(0, BC)
+        col_ok = (cols < C) & (offset + tl.arange(0, BC) < SPLIT_CHANNELS)
+        mask = row_ok[:, None] & col_ok[None, :]
+        xs = load_streams(x_ptr, rows, cols, mask, N, C)
+        if HAS_UPDATE:
+            y = tl.load(y_ptr + rows[:, None] * C + cols[None, :], mask=mask, other=0.0).to(tl.float32)
+        for o in tl.static_range(N):
+            if HAS_UPDATE:
+                rounded = mixed_stream(o, xs, y, post, res, N, MIXED).to(out_ptr.dtype.element_ty)
+                tl.store(out_ptr + rows[:, None] * (N * C) + o * C + cols[None, :], rounded, mask=mask)
+                x_new = rounded.to(tl.float32)
+            else:
+                x_new = xs[o]
+            squares += tl.sum(x_new * x_new, axis=1)
+            phi_offsets = coefficient[:, None] * (N * C) + o * C + cols[None, :]
+            phi = tl.load(phi_ptr + phi_offsets, mask=(coefficient < M)[:, None] & col_ok[None, :], other=0.0)
+            projection = tl.dot(x_new, tl.trans(phi), projection, input_precision=PRECISION)
+
+    out_rows = split * num_tokens.to(tl.int64) + rows
+    partial_mask = row_ok[:, None] & (coefficient < M)[None, :]
+    tl.store(partial_ptr + out_rows[:, None] * M + coefficient[None, :], projection, mask=partial_mask)
+    tl.store(square_ptr + out_rows, squares, mask=row_ok)

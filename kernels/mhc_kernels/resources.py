@@ -1,0 +1,183 @@
+"""What every kernel needs on an absent device: `python -m mhc_kernels.resources --arch sm_90 [--json]`.
+
+Each kernel is compiled offline exactly as launch.py launches it at the checked-in tile. Registers, stack and
+shared memory come from the compiler, the rest from the disassembly:
+
+spills        loads and stores of local memory (LDL, STL; scratch accesses on AMD) plus bytes of stack
+atomics       instructions that modify global memory atomically (RED, ATOM, ATOMG; global_atomic and kin).
+              Shared-memory ATOMS, by which the compiler hands out tensor memory, are not among them.
+vector_bytes  widest access to global memory: 16 is the hardware's 128 bits. Streams are read and written with
+              it, coefficients (one float per token) are not; `accesses` counts every width.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import subprocess
+import tempfile
+from collections import Counter
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import triton  # type: ignore[import-untyped]
+
+from mhc_kernels.offline import RecordedLaunch, compile_for, require_compiler, seam_launches
+from mhc_kernels.spec import ConnectionSpec, Mixing
+from mhc_kernels.tiles import ARCHITECTURES
+
+NVIDIA_TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
+
+
+@dataclass(frozen=True)
+class KernelResources:
+    """One compiled kernel. `shared_bytes` per program; `accesses` counts global instructions by width."""
+
+    name: str
+    channels: int
+    tile: dict[str, int]
+    registers: int
+    shared_bytes: int
+    spills: int
+    atomics: int
+    vector_bytes: int
+    accesses: dict[str, int]
+
+
+def nvidia_disassembly(cubin: bytes) -> str:
+    return _tool("nvdisasm", cubin, "-c")
+
+
+def _tool(name: str, cubin: bytes, *options: str) -> str:
+    tool = NVIDIA_TOOLS / name
+    if not tool.exists():
+        raise ValueError(
+            f"{name} is not part of this Triton: install the wheel nvidia-cuda-{name} next to it"
+        )
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        done = subprocess.run([str(tool), *options, file.name], capture_output=True, text=True, check=True)
+    return done.stdout
+
+
+def nvidia_resources(launched: RecordedLaunch, channels: int, compiled: Any) -> KernelResources:
+    cubin = compiled.asm["cubin"]
+    usage = _tool("cuobjdump", cubin, "-res-usage")
+    registers, stack = (int(_search(rf"{key}:(\d+)", usage)) for key in ("REG", "STACK"))
+    sass = nvidia_disassembly(cubin)
+    accesses = Counter(re.findall(r"\b((?:LDG|STG|LDGSTS)\.[A-Z0-9_.]+)", sass))
+    return KernelResources(
+        launched.name,
+        channels,
+        launched.tile,
+        registers,
+        int(compiled.metadata.shared),
+        stack + len(re.findall(r"\b(?:LDL|STL)\b", sass)),
+        len(re.findall(r"\b(?:RED|ATOM|ATOMG)\.", sass)),
+        max((_nvidia_width(instruction) for instruction in accesses), default=0),
+        dict(sorted(accesses.items())),
+    )
+
+
+def _nvidia_width(instruction: str) -> int:
+    for bits in (128, 64):
+        if f".{bits}" in instruction:
+            return bits // 8
+    if re.search(r"\.[US]?16", instruction):
+        return 2
+    return 1 if re.search(r"\.[US]8", instruction) else 4
+
+
+def amd_resources(launched: RecordedLaunch, channels: int, compiled: Any) -> KernelResources:
+    assembly = compiled.asm["amdgcn"]
+    accesses = Counter(re.findall(r"\b((?:global|buffer)_(?:load|store)_[a-z0-9_]+)", assembly))
+    widths = {
+        "dwordx4": 16,
+        "b128": 16,
+        "dwordx3": 12,
+        "dwordx2": 8,
+        "b64": 8,
+        "short": 2,
+        "ushort": 2,
+        "byte": 1,
+    }
+
+    def width(instruction: str) -> int:
+        return next((size for suffix, size in widths.items() if suffix in instruction), 4)
+
+    spilled = int(_search(r"\.vgpr_spill_count:\s*(\d+)", assembly))
+    spilled += int(_search(r"\.sgpr_spill_count:\s*(\d+)", assembly))
+    return KernelResources(
+        launched.name,
+        channels,
+        launched.tile,
+        int(_search(r"\.vgpr_count:\s*(\d+)", assembly)),
+        int(compiled.metadata.shared),
+        spilled + len(re.findall(r"\bscratch_(?:load|store)", assembly)),
+        len(re.findall(r"\b(?:global|buffer|flat)_atomic", assembly)),
+        max((width(instruction) for instruction in accesses), default=0),
+        dict(sorted(accesses.items())),
+    )
+
+
+def _search(pattern: str, text: str) -> str:
+    found = re.search(pattern, text)
+    if found is None:
+        raise ValueError(f"the compiler's output has no {pattern!r}: its format changed")
+    return found.group(1)
+
+
+def kernel_resources(
+    architecture: str, channels: int, spec: ConnectionSpec, dtype: torch.dtype, only: str | None = None
+) -> list[KernelResources]:
+    """Compile every kernel of a chunk for `architecture` and measure it."""
+    require_compiler()
+    read = amd_resources if architecture.startswith("gfx") else nvidia_resources
+    return [
+        read(launched, channels, compile_for(launched, architecture))
+        for launched in seam_launches(architecture, channels, spec, dtype)
+        if only is None or launched.name == only
+    ]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--arch", choices=ARCHITECTURES, required=True)
+    parser.add_argument("--channels", type=int, nargs="+", default=[1280, 2560, 4096, 7168])
+    parser.add_argument("--streams", type=int, default=4)
+    parser.add_argument("--mixing", choices=[str(mixing) for mixing in Mixing], default=str(Mixing.SINKHORN))
+    parser.add_argument("--dtype", choices=["bf16", "fp32"], default="bf16")
+    parser.add_argument("--kernel", help="only this kernel")
+    parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
+    arguments = parser.parse_args()
+    spec = ConnectionSpec(num_streams=arguments.streams, mixing=Mixing(arguments.mixing))
+    dtype = torch.bfloat16 if arguments.dtype == "bf16" else torch.float32
+    if not arguments.json:
+        print(f"{'kernel':18}{'C':>6}{'regs':>6}{'shared':>8}{'spills':>8}{'atomics':>9}{'bytes':>7}  tile")
+    kernels: list[KernelResources] = []
+    for channels in arguments.channels:
+        for one in kernel_resources(arguments.arch, channels, spec, dtype, arguments.kernel):
+            kernels.append(one)
+            if not arguments.json:
+                print(
+                    f"{one.name:18}{one.channels:6}{one.registers:6}{one.shared_bytes:8}{one.spills:8}"
+                    f"{one.atomics:9}{one.vector_bytes:7}  {one.tile}",
+                    flush=True,
+                )
+    if arguments.json:
+        report = {"architecture": arguments.arch, "streams": arguments.streams, "dtype": arguments.dtype}
+        print(
+            json.dumps(
+                report | {"triton": triton.__version__, "kernels": [asdict(k) for k in kernels]}, indent=2
+            )
+        )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,63 @@
+"""The checked-in tile of every kernel, by architecture, stream count and width. Nothing is tuned at run time.
+
+Chosen from the resource report (`python -m mhc_kernels.resources`): the largest tile without spills; where
+two fit, the one with wider accesses. A tile is also part of the numerics (it fixes the order of sums), so the
+results of a run do not depend on which tile happened to be fastest that day.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+
+class Tile(NamedTuple):
+    """Tokens and channels of one program, and its warps. Row kernels take whole rows: channels is then the
+    width rounded up to a power of two."""
+
+    tokens: int
+    channels: int
+    num_warps: int
+
+
+class TileSet(NamedTuple):
+    """Tiles of one (architecture, n, C bucket)."""
+
+    post_project: Tile
+    mix_pre: Tile
+    streams: Tile
+    backward_dots: Tile
+    backward_apply: Tile
+    project_splits: int
+    precision: str
+    """Input precision of the matrix products for bf16 streams; fp32 streams always use `ieee`."""
+
+
+ARCHITECTURES = ("sm_90", "sm_100", "gfx942")
+WIDTH_BUCKETS = (1536, 3072, 5120, 8192)
+"""Upper ends of the C buckets; wider streams are refused."""
+
+
+def power_of_two_at_least(value: int) -> int:
+    return 1 << (value - 1).bit_length()
+
+
+def tiles_for(architecture: str, num_streams: int, channels: int) -> TileSet:
+    """The tile set; ValueError for an architecture, n or C that the table does not hold."""
+    if architecture not in ARCHITECTURES:
+        raise ValueError(f"architecture {architecture!r} has no tiles: use one of {', '.join(ARCHITECTURES)}")
+    bucket = next((width for width in WIDTH_BUCKETS if channels <= width), None)
+    if bucket is None:
+        raise ValueError(f"C={channels} is wider than the widest tile bucket {WIDTH_BUCKETS[-1]}")
+    amd = architecture.startswith("gfx")
+    row_warps = {1536: 4, 3072: 8, 5120: 8, 8192: 16}[bucket]
+    row = power_of_two_at_least(channels)
+    row_tokens = 2 if row <= 2048 else 1
+    return TileSet(
+        post_project=Tile(16 if amd else 64, 32, 8),
+        mix_pre=Tile(row_tokens, row, row_warps),
+        streams=Tile(8, 128, 4),
+        backward_dots=Tile(1, row, row_warps),
+        backward_apply=Tile(16, 64 if num_streams <= 4 else 32, 8),
+        project_splits=2,
+        precision="ieee" if amd else "tf32",
+    )
