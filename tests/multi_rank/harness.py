@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import datetime
 import multiprocessing
+import multiprocessing.connection
 import os
 import pickle
 import signal
@@ -101,15 +102,15 @@ def _failures(folder: Path) -> list[Path]:
 
 def _join_all(processes: list[Any], folder: Path, deadline: float, timeout_seconds: float) -> None:
     """Wait for all ranks; once one has failed the others get two seconds, since they may wait for it."""
-    while any(process.is_alive() for process in processes):
-        if _failures(folder) or any(process.exitcode not in (None, 0) for process in processes):
+    while running := [rank for rank, process in enumerate(processes) if process.is_alive()]:
+        failed = bool(_failures(folder)) or any(process.exitcode not in (None, 0) for process in processes)
+        if failed:
             deadline = min(deadline, time.monotonic() + 2.0)
         if time.monotonic() > deadline:
-            if _failures(folder) or any(process.exitcode not in (None, 0) for process in processes):
+            if failed:
                 return
-            alive = [rank for rank, process in enumerate(processes) if process.is_alive()]
-            raise TimeoutError(f"ranks {alive} of {len(processes)} still ran after {timeout_seconds} s")
-        next(process for process in processes if process.is_alive()).join(0.01)
+            raise TimeoutError(f"ranks {running} of {len(processes)} still ran after {timeout_seconds} s")
+        multiprocessing.connection.wait([processes[rank].sentinel for rank in running], timeout=0.05)
 
 
 def _kill(processes: list[Any]) -> None:
