@@ -59,6 +59,7 @@ def test_channels_carry_both_directions_at_once() -> None:
         for peer in place.neighbour_ranks:
             works.append(dist.isend(torch.tensor(10.0 * rank + peer), dst=peer, group=channels[(rank, peer)]))
         for work in works:
+            assert work is not None
             work.wait()
         for peer, received in inbox.items():
             assert received.item() == 10 * peer + rank
