@@ -1,11 +1,11 @@
 """The optimizer: ZeRO-1 with fp32 masters, run by DeepSpeed. The only file that knows DeepSpeed.
 
 What DeepSpeed does here: it keeps parameters in flat buffers, one per parameter group, with an fp32 gradient
-buffer over all of it and an fp32 master copy of this rank's partition; gathers updated parameters; counts
-steps and feeds its monitors. What is done in its place, and why:
+buffer over all of it and an fp32 master copy of this rank's partition; counts steps and feeds its monitors.
+What is done in its place, and why:
 
 * Gradients are reduced by one reduce-scatter per flat buffer. DeepSpeed all-reduces: twice the volume, plus
-  two copies of every buffer.
+  two copies of every buffer. Updated parameters are gathered for all groups at once, not one by one.
 * The gradient norm is taken over the partitions, which cover every parameter of the whole model exactly once,
   experts included: one sum over all ranks. DeepSpeed's own norm leaves out parameters without a gradient on
   this rank, so it differs between ranks (and then so does clipping) when an expert gets no tokens, and it
@@ -25,7 +25,6 @@ import math
 import os
 import sys
 import types
-import warnings
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -235,6 +234,24 @@ class _FlatOptimizer(BF16_Optimizer):  # type: ignore[misc]
         dist.all_reduce(squares)
         return math.sqrt(squares.item()) / self._data_size
 
+    @torch.no_grad()
+    def update_lp_params(self) -> None:
+        """Round this rank's masters to the parameters' dtype and gather everyone's, all groups at once."""
+        gathers = []
+        for flat, partitions, master, group in zip(
+            self.bf16_groups_flat,
+            self.bf16_partitioned_groups,
+            self.fp32_groups_flat_partition,
+            self.real_dp_process_group,
+            strict=True,
+        ):
+            own = partitions[dist.get_rank(group)]
+            own.copy_(master)
+            if own.numel() != flat.numel():
+                gathers.append(dist.all_gather_single(flat, own, group=group, async_op=True))
+        for gather in gathers:
+            gather.wait()
+
     def zero_grad(self, set_to_none: bool = True) -> None:
         self.clear_hp_grads()
         self.is_reduced = False
@@ -338,8 +355,6 @@ class OptimizerEngine:
         # This op is compiled for a minute at first use, and a run killed meanwhile leaves a lock that hangs
         # every later run.
         compatible_ops[SHARED_MEMORY_OP] = False
-        # DeepSpeed 0.19.8 calls functions by names that torch 2.13 has deprecated.
-        warnings.filterwarnings("ignore", category=FutureWarning, message=".*all_gather_into_tensor")
         os.environ.setdefault("LOCAL_RANK", str(device.index or 0))
         layout = _Layout(self._topology, data_group)
         names = {
