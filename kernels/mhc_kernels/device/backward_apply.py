@@ -69,39 +69,40 @@ def backward_apply_kernel(
             phis = phis + (tl.load(phi_ptr + phi_offsets + o * C, mask=phi_mask, other=0.0),)
             d_phis = d_phis + (tl.zeros((M_PAD, BC), dtype=tl.float32),)
 
-    split_begin = token_split * tokens_per_split
-    split_end = tl.minimum(split_begin + tokens_per_split, num_tokens)
-    for begin in range(split_begin, split_end, BT):
-        rows = (begin + tl.arange(0, BT)).to(tl.int64)
-        row_ok = rows < split_end
+    rows = tl.arange(0, BT)
+    row_offsets = rows[:, None] * C + cols[None, :]
+    stream_offsets = rows[:, None] * (N * C) + cols[None, :]
+    split_first = token_split.to(tl.int64) * tokens_per_split
+    split_size = tl.minimum(tokens_per_split, num_tokens - token_split * tokens_per_split)
+    for offset in range(0, split_size, BT):
+        first = split_first + offset
+        row_ok = rows < split_size - offset
         mask = row_ok[:, None] & col_ok[None, :]
-        row_offsets = rows[:, None] * C + cols[None, :]
-        stream_offsets = rows[:, None] * (N * C) + cols[None, :]
-        xs = load_streams(x_ptr, rows, cols, mask, N, C)
+        xs = load_streams(x_ptr + first * (N * C), rows, cols, mask, N, C)
         new_xs = xs
         if HAS_UPDATE:
-            dots = dots_ptr + channel_block * num_dots * num_rows + rows
-            post = load_coefficients(post_ptr, rows, row_ok, N, N)
+            dots = dots_ptr + channel_block * num_dots * num_rows + first + rows
+            post = load_coefficients(post_ptr + first * N, rows, row_ok, N, N)
             res = ()
             if MIXED:
-                res = load_coefficients(res_ptr, rows, row_ok, N * N, N * N)
-            y = tl.load(y_ptr + row_offsets, mask=mask, other=0.0).to(tl.float32)
+                res = load_coefficients(res_ptr + first * (N * N), rows, row_ok, N * N, N * N)
+            y = tl.load(y_ptr + first * C + row_offsets, mask=mask, other=0.0).to(tl.float32)
             if HAS_NEXT:
                 new_xs = ()
                 for o in tl.static_range(N):
                     rounded = mixed_stream(o, xs, y, post, res, N, MIXED).to(x_ptr.dtype.element_ty)
                     new_xs = new_xs + (rounded.to(tl.float32),)
         if HAS_NEXT:
-            pre = load_coefficients(used_pre_ptr, rows, row_ok, N, N)
-            rstd_h = tl.load(rstd_h_ptr + rows, mask=row_ok, other=0.0)
-            h_dot = tl.load(h_dot_ptr + rows, mask=row_ok, other=0.0)
-            shrink = tl.load(shrink_ptr + rows, mask=row_ok, other=0.0)
+            pre = load_coefficients(used_pre_ptr + first * N, rows, row_ok, N, N)
+            rstd_h = tl.load(rstd_h_ptr + first + rows, mask=row_ok, other=0.0)
+            h_dot = tl.load(h_dot_ptr + first + rows, mask=row_ok, other=0.0)
+            shrink = tl.load(shrink_ptr + first + rows, mask=row_ok, other=0.0)
             d_projection = tl.load(
-                d_projection_ptr + rows[:, None] * M + coefficient[None, :],
+                d_projection_ptr + first * M + rows[:, None] * M + coefficient[None, :],
                 mask=row_ok[:, None] & coefficient_ok[None, :],
                 other=0.0,
             )
-            d_h = tl.load(d_h_ptr + row_offsets, mask=mask, other=0.0).to(tl.float32)
+            d_h = tl.load(d_h_ptr + first * C + row_offsets, mask=mask, other=0.0).to(tl.float32)
             unit = collapsed(new_xs, pre, N) * rstd_h[:, None]
             d_gain += tl.sum(d_h * unit, axis=0)
             d_u = (d_h * gain[None, :] - unit * h_dot[:, None]) * rstd_h[:, None]
@@ -110,7 +111,9 @@ def backward_apply_kernel(
         d_y = tl.zeros((BT, BC), dtype=tl.float32)
         grown = ()
         for o in tl.static_range(N):
-            total = tl.load(g_ptr + stream_offsets + o * C, mask=mask, other=0.0).to(tl.float32)
+            total = tl.load(g_ptr + first * (N * C) + o * C + stream_offsets, mask=mask, other=0.0).to(
+                tl.float32
+            )
             if HAS_NEXT:
                 total += pre[o][:, None] * d_u - shrink[:, None] * new_xs[o]
                 total = tl.dot(d_projection, phis[o], total, input_precision=PRECISION)
@@ -133,17 +136,25 @@ def backward_apply_kernel(
                             added = added + (d_xs[i] + res[o * N + i][:, None] * total,)
                         d_xs = added
                 else:
-                    tl.store(d_x_ptr + stream_offsets + o * C, total.to(d_x_ptr.dtype.element_ty), mask=mask)
+                    tl.store(
+                        d_x_ptr + first * (N * C) + o * C + stream_offsets,
+                        total.to(d_x_ptr.dtype.element_ty),
+                        mask=mask,
+                    )
             else:
-                tl.store(d_x_ptr + stream_offsets + o * C, total.to(d_x_ptr.dtype.element_ty), mask=mask)
+                tl.store(
+                    d_x_ptr + first * (N * C) + o * C + stream_offsets,
+                    total.to(d_x_ptr.dtype.element_ty),
+                    mask=mask,
+                )
         if HAS_NEXT:
             d_phis = grown
         if HAS_UPDATE:
-            tl.store(d_y_ptr + row_offsets, d_y.to(d_y_ptr.dtype.element_ty), mask=mask)
+            tl.store(d_y_ptr + first * C + row_offsets, d_y.to(d_y_ptr.dtype.element_ty), mask=mask)
             if MIXED:
                 for i in tl.static_range(N):
                     d_x = d_xs[i].to(d_x_ptr.dtype.element_ty)
-                    tl.store(d_x_ptr + stream_offsets + i * C, d_x, mask=mask)
+                    tl.store(d_x_ptr + first * (N * C) + i * C + stream_offsets, d_x, mask=mask)
 
     if HAS_NEXT:
         tl.store(d_gain_ptr + token_split * C + cols, d_gain, mask=col_ok)

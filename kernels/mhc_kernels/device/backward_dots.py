@@ -52,8 +52,19 @@ def backward_dots_kernel(
     BLOCK_C: tl.constexpr,
 ):
     program = tl.program_id(0)
-    rows = (program * BT + tl.arange(0, BT)).to(tl.int64)
-    row_ok = rows < num_tokens
+    first = program.to(tl.int64) * BT
+    rows = tl.arange(0, BT)
+    row_ok = rows < num_tokens - first
+    x_ptr += first * (N * C)
+    d_h_ptr += first * C
+    used_pre_ptr += first * N
+    mix_ptr += first * M
+    d_post_ptr += first * d_post_stride
+    d_projection_ptr += first * M
+    rstd_h_ptr += first
+    rstd_x_ptr += first
+    h_dot_ptr += first
+    shrink_ptr += first
     n_index = tl.arange(0, N)
     row_n = row_ok[:, None]
     cols = tl.arange(0, BLOCK_C)
@@ -86,9 +97,11 @@ def backward_dots_kernel(
         d_used += tl.where(n_index[None, :] == i, dot[:, None], 0.0)
     d_pre = tl.zeros((BT, N), dtype=tl.float32)
     if HANDED:
+        d_handed_pre_ptr += first * d_handed_stride
         handed_offsets = rows[:, None] * d_handed_stride + n_index[None, :]
         d_pre += tl.load(d_handed_pre_ptr + handed_offsets, mask=row_n, other=0.0)
     if CARRIED:
+        d_used_pre_ptr += first * N
         tl.store(d_used_pre_ptr + rows[:, None] * N + n_index[None, :], d_used, mask=row_n)
     else:
         d_pre += d_used
@@ -117,6 +130,7 @@ def backward_dots_kernel(
 
     # Through the mixing of the streams.
     if MIXING == SINKHORN:
+        d_res_ptr += first * d_res_stride
         nn_index = n_index[:, None] * N + n_index[None, :]
         row_nn = row_ok[:, None, None]
         mix_offsets = rows[:, None, None] * M + 2 * N + nn_index[None, :, :]
@@ -132,6 +146,7 @@ def backward_dots_kernel(
             sums_ptr + M + 2 * N + nn_index, tl.sum(tl.where(row_nn, d_logit_res * mix_res, 0.0), axis=0)
         )
     elif MIXING == PERMUTATIONS:
+        d_res_ptr += first * d_res_stride
         p_index = tl.arange(0, P_PAD)
         p_ok = p_index < M - 2 * N
         row_p = row_ok[:, None] & p_ok[None, :]

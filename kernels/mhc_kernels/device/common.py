@@ -6,6 +6,9 @@
 Legend: T tokens, N streams, C channels, M coefficients per token; BT, BC tile sizes; `rows` (BT,) token
 indices, `cols` (BC,) channel indices. Streams are tuples of N tiles (BT, BC), coefficients tuples of (BT,).
 
+Addresses: a scalar 64-bit base (the tile's first token) plus 32-bit offsets within the tile. `rows` are counted
+from the base. Tiles of 64-bit addresses would cost two registers per element and tensor.
+
 `mixed_stream` and `scaled_input` are the only places where x' and h are computed. Forward, backward and
 recompute call them with the same operands in the same order, which is what makes recompute bit-equal.
 """
@@ -28,8 +31,8 @@ def load_streams(pointer, rows, cols, mask, N: tl.constexpr, C: tl.constexpr):
     """N tiles (BT, BC) of a (T, N, C) array, in fp32."""
     loaded = ()
     for i in tl.static_range(N):
-        offsets = rows[:, None] * (N * C) + i * C + cols[None, :]
-        loaded = loaded + (tl.load(pointer + offsets, mask=mask, other=0.0).to(tl.float32),)
+        offsets = rows[:, None] * (N * C) + cols[None, :]
+        loaded = loaded + (tl.load(pointer + i * C + offsets, mask=mask, other=0.0).to(tl.float32),)
     return loaded
 
 

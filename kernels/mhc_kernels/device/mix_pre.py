@@ -48,8 +48,16 @@ def mix_pre_kernel(
     BT: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
-    rows = (tl.program_id(0) * BT + tl.arange(0, BT)).to(tl.int64)
-    row_ok = rows < num_tokens
+    first = tl.program_id(0).to(tl.int64) * BT
+    rows = tl.arange(0, BT)
+    row_ok = rows < num_tokens - first
+    x_ptr += first * (N * C)
+    h_ptr += first * C
+    pre_ptr += first * N
+    post_ptr += first * N
+    mix_ptr += first * M
+    rstd_x_ptr += first
+    rstd_h_ptr += first
     n_index = tl.arange(0, N)
     row_n = row_ok[:, None]
     step = num_tokens.to(tl.int64)
@@ -58,9 +66,9 @@ def mix_pre_kernel(
     raw_pre = tl.zeros((BT, N), dtype=tl.float32)
     raw_post = tl.zeros((BT, N), dtype=tl.float32)
     for split in tl.static_range(SPLITS):
-        part_rows = split * step + rows
-        squares += tl.load(square_ptr + part_rows, mask=row_ok, other=0.0)
-        part_n = partial_ptr + part_rows[:, None] * M + n_index[None, :]
+        part_first = split * step + first
+        squares += tl.load(square_ptr + part_first + rows, mask=row_ok, other=0.0)
+        part_n = partial_ptr + part_first * M + rows[:, None] * M + n_index[None, :]
         raw_pre += tl.load(part_n, mask=row_n, other=0.0)
         raw_post += tl.load(part_n + N, mask=row_n, other=0.0)
     rstd_x = tl.rsqrt(squares / (N * C) + projection_eps)
@@ -78,12 +86,13 @@ def mix_pre_kernel(
     tl.store(post_ptr + coefficient_n, post, mask=row_n)
 
     if MIXING == SINKHORN:
+        res_ptr += first * (N * N)
         matrix_index = n_index[:, None] * N + n_index[None, :]
         row_nn = row_ok[:, None, None]
         raw_res = tl.zeros((BT, N, N), dtype=tl.float32)
         for split in tl.static_range(SPLITS):
-            part_rows = split * step + rows
-            part_nn = partial_ptr + part_rows[:, None, None] * M + 2 * N + matrix_index[None, :, :]
+            part_ptr = partial_ptr + (split * step + first) * M
+            part_nn = part_ptr + rows[:, None, None] * M + 2 * N + matrix_index[None, :, :]
             raw_res += tl.load(part_nn, mask=row_nn, other=0.0)
         mix_res = raw_res * rstd_x[:, None, None]
         tl.store(mix_ptr + rows[:, None, None] * M + 2 * N + matrix_index[None, :, :], mix_res, mask=row_nn)
@@ -91,13 +100,14 @@ def mix_pre_kernel(
         res = sinkhorn(logits, sinkhorn_eps, ITERATIONS)
         tl.store(res_ptr + rows[:, None, None] * (N * N) + matrix_index[None, :, :], res, mask=row_nn)
     elif MIXING == PERMUTATIONS:
+        res_ptr += first * (N * N)
         p_index = tl.arange(0, P_PAD)
         p_ok = p_index < M - 2 * N
         row_p = row_ok[:, None] & p_ok[None, :]
         raw_weight = tl.zeros((BT, P_PAD), dtype=tl.float32)
         for split in tl.static_range(SPLITS):
-            part_rows = split * step + rows
-            part_p = partial_ptr + part_rows[:, None] * M + 2 * N + p_index[None, :]
+            part_ptr = partial_ptr + (split * step + first) * M
+            part_p = part_ptr + rows[:, None] * M + 2 * N + p_index[None, :]
             raw_weight += tl.load(part_p, mask=row_p, other=0.0)
         mix_weight = raw_weight * rstd_x[:, None]
         tl.store(mix_ptr + rows[:, None] * M + 2 * N + p_index[None, :], mix_weight, mask=row_p)
@@ -113,6 +123,7 @@ def mix_pre_kernel(
 
     used = pre
     if CARRIED:
+        carried_pre_ptr += first * N
         used = tl.load(carried_pre_ptr + coefficient_n, mask=row_n, other=0.0)
     cols = tl.arange(0, BLOCK_C)
     col_ok = cols < C

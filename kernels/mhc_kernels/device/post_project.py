@@ -36,10 +36,17 @@ def post_project_kernel(
     BC: tl.constexpr,
 ):
     split = tl.program_id(1)
-    rows = (tl.program_id(0) * BT + tl.arange(0, BT)).to(tl.int64)
-    row_ok = rows < num_tokens
+    first = tl.program_id(0).to(tl.int64) * BT
+    rows = tl.arange(0, BT)
+    row_ok = rows < num_tokens - first
+    x_ptr += first * (N * C)
     coefficient = tl.arange(0, M_PAD)
     if HAS_UPDATE:
+        y_ptr += first * C
+        post_ptr += first * N
+        out_ptr += first * (N * C)
+        if MIXED:
+            res_ptr += first * (N * N)
         post = load_coefficients(post_ptr, rows, row_ok, N, N)
         res = ()
         if MIXED:
@@ -47,9 +54,8 @@ def post_project_kernel(
 
     projection = tl.zeros((BT, M_PAD), dtype=tl.float32)
     squares = tl.zeros((BT,), dtype=tl.float32)
-    first = split * SPLIT_CHANNELS
     for offset in range(0, SPLIT_CHANNELS, BC):
-        cols = first + offset + tl.arange(0, BC)
+        cols = split * SPLIT_CHANNELS + offset + tl.arange(0, BC)
         col_ok = (cols < C) & (offset + tl.arange(0, BC) < SPLIT_CHANNELS)
         mask = row_ok[:, None] & col_ok[None, :]
         xs = load_streams(x_ptr, rows, cols, mask, N, C)
@@ -67,7 +73,8 @@ def post_project_kernel(
             phi = tl.load(phi_ptr + phi_offsets, mask=(coefficient < M)[:, None] & col_ok[None, :], other=0.0)
             projection = tl.dot(x_new, tl.trans(phi), projection, input_precision=PRECISION)
 
-    out_rows = split * num_tokens.to(tl.int64) + rows
+    out_first = split * num_tokens.to(tl.int64) + first
+    partials = partial_ptr + out_first * M + rows[:, None] * M + coefficient[None, :]
     partial_mask = row_ok[:, None] & (coefficient < M)[None, :]
-    tl.store(partial_ptr + out_rows[:, None] * M + coefficient[None, :], projection, mask=partial_mask)
-    tl.store(square_ptr + out_rows, squares, mask=row_ok)
+    tl.store(partials, projection, mask=partial_mask)
+    tl.store(square_ptr + out_first + rows, squares, mask=row_ok)

@@ -29,8 +29,15 @@ def post_kernel(
     BT: tl.constexpr,
     BC: tl.constexpr,
 ):
-    rows = (tl.program_id(0) * BT + tl.arange(0, BT)).to(tl.int64)
-    row_ok = rows < num_tokens
+    first = tl.program_id(0).to(tl.int64) * BT
+    rows = tl.arange(0, BT)
+    row_ok = rows < num_tokens - first
+    x_ptr += first * (N * C)
+    y_ptr += first * C
+    post_ptr += first * N
+    out_ptr += first * (N * C)
+    if MIXED:
+        res_ptr += first * (N * N)
     cols = tl.program_id(1) * BC + tl.arange(0, BC)
     mask = row_ok[:, None] & (cols < C)[None, :]
     post = load_coefficients(post_ptr, rows, row_ok, N, N)
@@ -55,8 +62,12 @@ def pre_kernel(
     BT: tl.constexpr,
     BC: tl.constexpr,
 ):
-    rows = (tl.program_id(0) * BT + tl.arange(0, BT)).to(tl.int64)
-    row_ok = rows < num_tokens
+    first = tl.program_id(0).to(tl.int64) * BT
+    rows = tl.arange(0, BT)
+    row_ok = rows < num_tokens - first
+    x_ptr += first * (N * C)
+    pre_ptr += first * N
+    out_ptr += first * C
     cols = tl.program_id(1) * BC + tl.arange(0, BC)
     mask = row_ok[:, None] & (cols < C)[None, :]
     pre = load_coefficients(pre_ptr, rows, row_ok, N, N)
@@ -78,8 +89,14 @@ def pre_backward_kernel(
     BLOCK_C: tl.constexpr,
 ):
     """Whole rows, grid (T / BT,): dpre[i] = <x[i], d_out> needs all channels."""
-    rows = (tl.program_id(0) * BT + tl.arange(0, BT)).to(tl.int64)
-    row_ok = rows < num_tokens
+    first = tl.program_id(0).to(tl.int64) * BT
+    rows = tl.arange(0, BT)
+    row_ok = rows < num_tokens - first
+    x_ptr += first * (N * C)
+    pre_ptr += first * N
+    d_out_ptr += first * C
+    d_x_ptr += first * (N * C)
+    d_pre_ptr += first * N
     cols = tl.arange(0, BLOCK_C)
     mask = row_ok[:, None] & (cols < C)[None, :]
     d_out = tl.load(d_out_ptr + rows[:, None] * C + cols[None, :], mask=mask, other=0.0).to(tl.float32)
@@ -111,28 +128,30 @@ def recompute_block_kernel(
     BC: tl.constexpr,
 ):
     """L sublayers in one launch: the streams stay in registers, rounded as the forward rounded them."""
-    rows = (tl.program_id(0) * BT + tl.arange(0, BT)).to(tl.int64)
-    row_ok = rows < num_tokens
+    first = tl.program_id(0).to(tl.int64) * BT
+    rows = tl.arange(0, BT)
+    row_ok = rows < num_tokens - first
     cols = tl.program_id(1) * BC + tl.arange(0, BC)
     col_ok = cols < C
     mask = row_ok[:, None] & col_ok[None, :]
     row_offsets = rows[:, None] * C + cols[None, :]
-    xs = load_streams(x_ptr, rows, cols, mask, N, C)
+    xs = load_streams(x_ptr + first * (N * C), rows, cols, mask, N, C)
     for k in tl.static_range(L):
-        pre = load_coefficients(pre_ptrs[k], rows, row_ok, N, N)
-        rstd = tl.load(rstd_ptrs[k] + rows, mask=row_ok, other=0.0)
+        pre = load_coefficients(pre_ptrs[k] + first * N, rows, row_ok, N, N)
+        rstd = tl.load(rstd_ptrs[k] + first + rows, mask=row_ok, other=0.0)
         gain = tl.load(gain_ptrs[k] + cols, mask=col_ok, other=0.0).to(tl.float32)
         h = scaled_input(collapsed(xs, pre, N), rstd, gain)
-        tl.store(h_ptrs[k] + row_offsets, h.to(h_ptrs[k].dtype.element_ty), mask=mask)
+        tl.store(h_ptrs[k] + first * C + row_offsets, h.to(h_ptrs[k].dtype.element_ty), mask=mask)
         if k + 1 < L:
-            post = load_coefficients(post_ptrs[k], rows, row_ok, N, N)
+            post = load_coefficients(post_ptrs[k] + first * N, rows, row_ok, N, N)
             res = ()
             if MIXED:
-                res = load_coefficients(res_ptrs[k], rows, row_ok, N * N, N * N)
-            y = tl.load(y_ptrs[k] + row_offsets, mask=mask, other=0.0).to(tl.float32)
+                res = load_coefficients(res_ptrs[k] + first * (N * N), rows, row_ok, N * N, N * N)
+            y = tl.load(y_ptrs[k] + first * C + row_offsets, mask=mask, other=0.0).to(tl.float32)
             new = ()
             for o in tl.static_range(N):
                 rounded = mixed_stream(o, xs, y, post, res, N, MIXED).to(x_ptr.dtype.element_ty)
-                tl.store(out_ptrs[k] + rows[:, None] * (N * C) + o * C + cols[None, :], rounded, mask=mask)
+                out_ptr = out_ptrs[k] + first * (N * C) + o * C
+                tl.store(out_ptr + rows[:, None] * (N * C) + cols[None, :], rounded, mask=mask)
                 new = new + (rounded.to(tl.float32),)
             xs = new
