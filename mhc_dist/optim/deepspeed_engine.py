@@ -36,6 +36,7 @@ from torch import Tensor, nn
 from mhc_dist.config import RunConfig
 from mhc_dist.optim.adamw import FlatAdamW
 from mhc_dist.optim.deepspeed_config import engine_config
+from mhc_dist.optim.engine_state import EngineState, FlatGroup, ParameterState
 from mhc_dist.optim.learning_rate import learning_rate
 from mhc_dist.optim.parameter_groups import cast_to_bf16, parameter_groups
 from mhc_dist.optim.replicas import check_replicas
@@ -64,6 +65,8 @@ RELIED_ON: tuple[tuple[object, tuple[str, ...]], ...] = (
             "_configure_optimizer",
             "_broadcast_model",
             "_cast_module_mixed_precision",
+            "_create_module_forward_pre_hook",
+            "_create_module_forward_post_hook",
             "_take_model_step",
             "allreduce_gradients",
             "set_gradient_accumulation_boundary",
@@ -119,28 +122,6 @@ class StepOutcome:
     grad_norm: float
     learning_rate: float
     applied: bool
-
-
-@dataclass(frozen=True)
-class ParameterState:
-    """One parameter's optimizer state, each tensor fp32 and shaped like the parameter."""
-
-    master: Tensor
-    first_moment: Tensor
-    second_moment: Tensor
-
-
-@dataclass(frozen=True)
-class EngineState:
-    """All that the optimizer of this rank's parameters needs to continue: for tests and checkpoints.
-
-    `num_steps` counts `finish_step` calls and drives the learning rate; `num_updates` counts those that were
-    applied and drives Adam's bias correction.
-    """
-
-    num_steps: int
-    num_updates: int
-    parameters: dict[str, ParameterState]
 
 
 class _FlatOptimizer(BF16_Optimizer):  # type: ignore[misc]
@@ -266,6 +247,12 @@ class _Engine(DeepSpeedEngine):  # type: ignore[misc]
         self.optimizer = client_optimizer(model_parameters)
         self.basic_optimizer = self.optimizer.optimizer
 
+    def _create_module_forward_pre_hook(self) -> None:
+        """None, so that a call of the module is a call of the module and nothing more."""
+
+    def _create_module_forward_post_hook(self) -> None:
+        """None, see above."""
+
     def _broadcast_model(self) -> None:
         """Replicas were compared by `check_replicas`; a broadcast over all data ranks would mix experts."""
 
@@ -342,6 +329,10 @@ class OptimizerEngine:
         self._num_steps = 0
         self._engine = self._build(module, options, data_group, expert_data_group)
         self._optimizer: _FlatOptimizer = self._engine.optimizer
+        self._flat_groups = [
+            FlatGroup.of(parameters, group)
+            for parameters, group in zip(self._groups, self._optimizer.real_dp_process_group, strict=True)
+        ]
         self._main_gradients = self._connect_parameters()
 
     def _build(
@@ -458,21 +449,27 @@ class OptimizerEngine:
         """Mean gradients, unclipped and whole, by parameter name; between reduce and finish. For tests."""
         assert self._optimizer.is_reduced, "call reduce_gradients first"
         self._optimizer.wait_for_reduction()
-        partitions = self._optimizer.fp32_groups_gradient_flat_partition
         return {
             name: gradient / self._topology.data
-            for name, gradient in self._gather_by_name(partitions).items()
+            for flat_group, partition in zip(
+                self._flat_groups, self._optimizer.fp32_groups_gradient_flat_partition, strict=True
+            )
+            for name, gradient in flat_group.gather(partition).items()
         }
 
     def export_state(self) -> EngineState:
         """Whole master weights and moments of this rank's parameters, by name; copies."""
-        optimizer = self._optimizer
-        states = [optimizer.optimizer.state_of(master) for master in optimizer.fp32_groups_flat_partition]
-        masters = self._gather_by_name([master.detach() for master in optimizer.fp32_groups_flat_partition])
-        first = self._gather_by_name([state["exp_avg"] for state in states])
-        second = self._gather_by_name([state["exp_avg_sq"] for state in states])
-        parameters = {name: ParameterState(masters[name], first[name], second[name]) for name in masters}
-        return EngineState(self._num_steps, int(states[0]["step"].item()), parameters)
+        parameters: dict[str, ParameterState] = {}
+        for flat_group, master in zip(
+            self._flat_groups, self._optimizer.fp32_groups_flat_partition, strict=True
+        ):
+            adam = self._optimizer.optimizer.state_of(master)
+            num_updates = int(adam["step"].item())
+            masters = flat_group.gather(master.detach())
+            first, second = flat_group.gather(adam["exp_avg"]), flat_group.gather(adam["exp_avg_sq"])
+            for name in flat_group.names:
+                parameters[name] = ParameterState(masters[name], first[name], second[name])
+        return EngineState(self._num_steps, num_updates, parameters)
 
     @torch.no_grad()
     def import_state(self, state: EngineState) -> None:
@@ -480,32 +477,24 @@ class OptimizerEngine:
 
         Raises ValueError when the names or shapes are not those of this rank's parameters.
         """
-        expected = {
-            name: tuple(parameter.shape)
-            for group in self._groups
-            for name, parameter in zip(group.names, group.parameters, strict=True)
+        shapes = {
+            name: shape
+            for flat_group in self._flat_groups
+            for name, shape in zip(flat_group.names, flat_group.shapes, strict=True)
         }
-        given = {name: tuple(entry.master.shape) for name, entry in state.parameters.items()}
-        if expected != given:
-            differing = sorted(name for name in expected | given if expected.get(name) != given.get(name))
-            raise ValueError(
-                f"rank {self._topology.rank}: {len(differing)} of {len(expected)} parameters are missing,"
-                f" unknown or of another shape in the given state, first {differing[0]}: expected"
-                f" {expected.get(differing[0])}, given {given.get(differing[0])}. Use the model it came from."
+        state.check_shapes(shapes, self._topology.rank)
+        given = state.parameters
+        for flat_group, master in zip(
+            self._flat_groups, self._optimizer.fp32_groups_flat_partition, strict=True
+        ):
+            adam = self._optimizer.optimizer.state_of(master)
+            flat_group.scatter({name: given[name].master for name in flat_group.names}, master.detach())
+            flat_group.scatter({name: given[name].first_moment for name in flat_group.names}, adam["exp_avg"])
+            flat_group.scatter(
+                {name: given[name].second_moment for name in flat_group.names}, adam["exp_avg_sq"]
             )
-        optimizer = self._optimizer
-        for index, group in enumerate(self._groups):
-            master = optimizer.fp32_groups_flat_partition[index]
-            adam = optimizer.optimizer.state_of(master)
-            entries = [state.parameters[name] for name in group.names]
-            for partition, pieces in (
-                (master.detach(), [entry.master for entry in entries]),
-                (adam["exp_avg"], [entry.first_moment for entry in entries]),
-                (adam["exp_avg_sq"], [entry.second_moment for entry in entries]),
-            ):
-                self._scatter(index, pieces, partition)
             adam["step"].fill_(state.num_updates)
-        optimizer.update_lp_params()
+        self._optimizer.update_lp_params()
         self._num_steps = state.num_steps
 
     def write_monitors(self, values: Mapping[str, float], step: int) -> None:
@@ -515,27 +504,6 @@ class OptimizerEngine:
     def close(self) -> None:
         """Give back what DeepSpeed holds. The process groups end with the world."""
         self._engine.destroy()
-
-    def _gather_by_name(self, partitions: list[Tensor]) -> dict[str, Tensor]:
-        """Whole tensors, shaped like the parameters, from every group's partitions."""
-        gathered: dict[str, Tensor] = {}
-        for index, (group, partition) in enumerate(zip(self._groups, partitions, strict=True)):
-            flat = torch.empty_like(self._optimizer.fp32_groups_gradients_flat[index])
-            dist.all_gather_single(flat, partition, group=self._optimizer.real_dp_process_group[index])
-            offset = 0
-            for name, parameter in zip(group.names, group.parameters, strict=True):
-                piece = flat[offset : offset + parameter.numel()]
-                gathered[name] = piece.view(parameter.shape)
-                offset += parameter.numel()
-        return gathered
-
-    def _scatter(self, index: int, pieces: list[Tensor], partition: Tensor) -> None:
-        """Fill this rank's partition of group `index` from whole tensors in group order."""
-        flat = torch.zeros_like(self._optimizer.fp32_groups_gradients_flat[index])
-        whole = torch.cat([piece.reshape(-1).to(flat.device, flat.dtype) for piece in pieces])
-        flat[: whole.numel()] = whole
-        rank = dist.get_rank(self._optimizer.real_dp_process_group[index])
-        partition.copy_(flat[rank * partition.numel() : (rank + 1) * partition.numel()])
 
 
 @contextlib.contextmanager

@@ -428,6 +428,19 @@ def test_a_refused_option_stops_the_engine() -> None:
     run_ranks(1, run)
 
 
+def test_the_module_is_left_alone() -> None:
+    # Oracle: a module's own registers; DeepSpeed's forward hooks would count and scale behind our back.
+    def run(rank: int) -> None:
+        place = Topology(1, 1, 1)
+        module = Stage(0, 0, EXPERTS)
+        engine = OptimizerEngine(module, run_config(place), place)
+        assert not module._forward_hooks
+        assert not module._forward_pre_hooks
+        engine.close()
+
+    run_ranks(1, run)
+
+
 def test_starting_is_quiet_and_compiles_nothing(capfd: pytest.CaptureFixture[str]) -> None:
     # Oracle: an empty screen, and DeepSpeed's switch for its shared-memory op (a minute's compilation).
     def run(rank: int) -> None:
