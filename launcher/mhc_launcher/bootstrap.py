@@ -58,7 +58,7 @@ def read_rank_environment(environ: Mapping[str, str] | None = None) -> RankEnvir
     if "RANK" in variables:
         place = _torchrun(variables)
         _refuse_contradiction(variables, place)
-    elif "OMPI_COMM_WORLD_RANK" in variables or "PMI_RANK" in variables:
+    elif _is_mpi_process(variables):
         place = _mpi(variables)
     elif _is_slurm_task(variables):
         place = _slurm(variables)
@@ -82,6 +82,12 @@ def _torchrun(variables: Mapping[str, str]) -> RankEnvironment:
         master_port=_integer(variables, "MASTER_PORT", started_by),
         source=Source.TORCHRUN,
     )
+
+
+def _is_mpi_process(variables: Mapping[str, str]) -> bool:
+    """True under mpirun. `srun --mpi=pmi2` sets PMI_RANK as well, but not what mpirun adds to it."""
+    by_mpirun = "MPI_LOCALRANKID" in variables or not _is_slurm_task(variables)
+    return "OMPI_COMM_WORLD_RANK" in variables or ("PMI_RANK" in variables and by_mpirun)
 
 
 def _mpi(variables: Mapping[str, str]) -> RankEnvironment:

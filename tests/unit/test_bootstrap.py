@@ -68,6 +68,8 @@ def test_the_inner_launcher_wins() -> None:
     # Oracle: nesting; torchrun in srun, mpirun in a Slurm job, deepspeed in a pod.
     assert read_rank_environment({**SLURM, **TORCHRUN}).source is Source.TORCHRUN
     assert read_rank_environment({**SLURM, **OPEN_MPI}).source is Source.MPI
+    assert read_rank_environment({**SLURM, **MPICH}).source is Source.MPI
+    assert read_rank_environment({**SLURM, "PMI_RANK": "3", "PMI_SIZE": "5"}).source is Source.SLURM
     assert read_rank_environment({"JOB_COMPLETION_INDEX": "1", **DEEPSPEED}).source is Source.TORCHRUN
 
 
@@ -93,6 +95,7 @@ def test_a_slurm_batch_script_is_not_a_task() -> None:
             {**OPEN_MPI, "OMPI_COMM_WORLD_LOCAL_SIZE": "2", "OMPI_COMM_WORLD_LOCAL_RANK": "0"},
             r"-x MASTER_ADDR",
         ),
+        ({"PMI_RANK": "0", "PMI_SIZE": "2"}, r"PMI_RANK is set, as by mpirun, but MPI_LOCALNRANKS is not"),
         ({**SLURM, "SLURM_NODEID": "3"}, r"SLURM_NODEID=3.*names 3 nodes"),
         ({"JOB_COMPLETION_INDEX": "2", "MASTER_ADDR": "a"}, r"WORLD_SIZE to the job's completions"),
         ({"JOB_COMPLETION_INDEX": "2", "WORLD_SIZE": "3"}, r"MASTER_ADDR to JOB-0.SERVICE"),
