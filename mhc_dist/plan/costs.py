@@ -1,0 +1,211 @@
+"""Cost tables from a run, a layout and a cluster: a roofline per phase, alpha-beta per link. No torch."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Literal
+
+from mhc_dist.config import ResidualKind, RunConfig
+from mhc_dist.parallel.layout import ChunkPlace, expert_layers
+from mhc_dist.pipeline.action import CHUNK_INPUT, PhaseShape
+from mhc_dist.pipeline.cost import CostTable, ExchangeCost, MessageCost, PhaseCost
+from mhc_dist.plan.charge import Charge
+from mhc_dist.plan.cluster import Cluster, Link
+from mhc_dist.plan.layout import Layout, Shapes
+from mhc_dist.plan.static_memory import gradient_seconds, static_bytes
+from mhc_dist.plan.work import (
+    Work,
+    attention_work,
+    connection_work,
+    dense_work,
+    experts_work,
+    gathering_work,
+    head_work,
+    routing_work,
+    shared_work,
+)
+
+SCORES_BACKWARD = 2.5
+"""Operations of attention's backward over its forward: five matrix products instead of two."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Parts:
+    """What a phase consists of: seams at the chunk's start, between sublayers, at its end; and the rest."""
+
+    enters: int
+    crosses: int
+    leaves: int
+    work: Work
+
+
+class CostModel:
+    """Costs of `config` on `cluster`. `plain` runs the same model with the plain residual."""
+
+    def __init__(self, config: RunConfig, cluster: Cluster) -> None:
+        self.config = config
+        self.cluster = cluster
+        self.num_tokens = config.data.sequence_length * config.data.sequences_per_microbatch
+        self.value_bytes = 2 if config.train.precision == "bf16" else 4
+        self._precision: Literal["fp32", "bf16"] = config.train.precision
+        device = cluster.device
+        self._memory_rate = device.memory_bytes_per_second.value * device.memory_efficiency.value
+
+    def table(
+        self, layout: Layout, shapes: Shapes, chunk_rank: tuple[int, ...], charge: Charge | None = None
+    ) -> CostTable:
+        """Costs of every phase and exchange of `shapes` under `layout`."""
+        charge = charge or Charge()
+        phases: dict[tuple[int, str], PhaseCost] = {}
+        exchanges: dict[tuple[int, str], ExchangeCost] = {}
+        for place, shape in zip(shapes.places, shapes.chunks, strict=True):
+            for item in shape.items:
+                if isinstance(item, PhaseShape):
+                    phases[place.index, item.name] = self._phase(layout, place, item, charge)
+                else:
+                    exchanges[place.index, item.name] = self._exchange(layout, item.name)
+        return CostTable(
+            phases=phases,
+            exchanges=exchanges,
+            message=self._message(layout, charge),
+            reduce_seconds=gradient_seconds(self.config, self.cluster, layout, shapes, chunk_rank),
+            step_seconds=0.0,
+            static_bytes=static_bytes(self.config, layout, shapes, chunk_rank),
+        )
+
+    def _phase(self, layout: Layout, place: ChunkPlace, shape: PhaseShape, charge: Charge) -> PhaseCost:
+        parts = self._parts(place, shape)
+        work = parts.work
+        connection = connection_work(self.config)
+        timed = connection_work(plain_residual(self.config)) if not charge.kernels else connection
+        width, tokens = self.config.model.hidden_size, self.num_tokens
+        crossings = parts.enters + parts.crosses
+        rows = parts.enters * timed.enter + parts.crosses * timed.cross + parts.leaves * timed.leave
+        rows_backward = (
+            parts.enters * timed.enter_backward
+            + parts.crosses * timed.cross_backward
+            + parts.leaves * timed.leave_backward
+        )
+        projection = self._matmul_seconds(timed.projection * crossings * tokens, layout)
+        forward_values = tokens * (work.values + rows * width)
+        backward_values = tokens * (2 * work.values + rows_backward * width)
+        linear = self._matmul_seconds(work.linear * tokens, layout)
+        scores = self._attention_seconds(work.scores * tokens, layout)
+        kept_rows = crossings * connection.kept
+        dropped_rows = 0.0
+        if shape.drops:
+            dropped_rows = crossings * (connection.kept - connection.kept_anyway)
+            kept_rows = crossings * connection.kept_anyway
+            if not shape.recompute_after:
+                kept_rows += connection.block_start
+        recompute = self._value_seconds(tokens * crossings * connection.recompute * width)
+        row_bytes = tokens * width * self.value_bytes
+        input_rows = crossings  # each crossing makes one normalised row, the input of the next matrices
+        return PhaseCost(
+            forward=linear + scores + self._value_seconds(forward_values) + projection,
+            input_gradient=linear
+            + SCORES_BACKWARD * scores
+            + self._value_seconds(backward_values)
+            + 2 * projection,
+            weight_gradient=linear if shape.has_weights else 0.0,
+            recompute=recompute if shape.drops and charge.recompute else 0.0,
+            saved_bytes=round(tokens * work.kept * self.value_bytes + kept_rows * row_bytes),
+            dropped_bytes=round(dropped_rows * row_bytes),
+            weight_input_bytes=round(
+                tokens * work.weight_inputs * self.value_bytes
+                + (0 if shape.drops else input_rows * row_bytes)
+            ),
+            output_gradient_bytes=round(
+                tokens * work.gradients * self.value_bytes + (input_rows * row_bytes if shape.drops else 0)
+            ),
+        )
+
+    def _parts(self, place: ChunkPlace, shape: PhaseShape) -> _Parts:
+        """Which sublayers a phase of `parallel.chunk` runs."""
+        config = self.config
+        kind, _, number = shape.name.partition(".")
+        match kind:
+            case "experts":
+                return _Parts(0, 0, 0, experts_work(config))
+            case "shared":
+                return _Parts(0, 0, 0, shared_work(config))
+        experts_before = [k for k in expert_layers(config, place) if not number or k < int(number)]
+        from_input = CHUNK_INPUT in shape.reads
+        first = place.first_layer if from_input else experts_before[-1] + 1
+        last = place.last_layer if kind == "finish" else int(number)
+        work = Work() if from_input else gathering_work(config)
+        # Every dense layer is two sublayers, and the phase of an expert layer enters both of that layer's.
+        sublayers = 2 * (last - first) + (2 if kind == "attention" else 0)
+        for _ in range(first, last):
+            work = work + attention_work(config) + dense_work(config.model)
+        if kind == "attention":
+            work = work + attention_work(config) + routing_work(config)
+        if kind == "finish" and place.is_last:
+            work = work + head_work(config)
+        enters = int(from_input and sublayers > 0)
+        leaves = int(kind == "finish" and (sublayers > 0 or not from_input))
+        return _Parts(enters, sublayers - enters, leaves, work)
+
+    def _exchange(self, layout: Layout, name: str) -> ExchangeCost:
+        """All-to-all over the expert group: inside a node as far as it fits, the rest over the network."""
+        inside = min(layout.expert, self.cluster.devices_per_node)
+        lane = "node" if layout.expert <= self.cluster.devices_per_node else "network"
+        node, network = self.cluster.node_link, self.cluster.network_link
+        latency = network.latency_seconds.value if lane == "network" else node.latency_seconds.value
+        if layout.expert == 1:
+            return ExchangeCost(0.0, 0.0, "node")
+        if name.startswith("counts"):
+            # Counts travel, then the host reads them before it can size the rows' exchange.
+            return ExchangeCost(2 * latency, 0.0, lane)
+        m = self.config.model
+        payload = self.num_tokens * m.num_active_experts * m.hidden_size * self.value_bytes
+        to_node = payload * (inside - 1) / layout.expert / node.bytes_per_second.value
+        to_network = payload * (layout.expert - inside) / layout.expert / network.bytes_per_second.value
+        seconds = latency + max(to_node, to_network)
+        return ExchangeCost(seconds, seconds, lane)
+
+    def _message(self, layout: Layout, charge: Charge) -> MessageCost:
+        """Streams of one microbatch to the next pipeline rank, `data` ranks away."""
+        if layout.pipeline == 1:
+            return MessageCost()
+        row_bytes = self.num_tokens * self.config.model.hidden_size * self.value_bytes
+        held = row_bytes * self.config.residual.num_streams
+        sent = held if charge.streams else row_bytes
+        link, lane = self.neighbour_link(layout)
+        seconds = link.latency_seconds.value + sent / link.bytes_per_second.value
+        return MessageCost(seconds, held, lane)
+
+    def neighbour_link(self, layout: Layout) -> tuple[Link, str]:
+        """The link between neighbouring pipeline ranks, which are `data` ranks apart."""
+        if layout.num_devices <= self.cluster.devices_per_node:
+            return self.cluster.node_link, "node"
+        return self.cluster.network_link, "network"
+
+    def _share(self, layout: Layout) -> float:
+        communicates = layout.expert > 1
+        return self.cluster.device.compute_share.value if communicates else 1.0
+
+    def _matmul_seconds(self, operations: float, layout: Layout) -> float:
+        device = self.cluster.device
+        rate = self.cluster.matmul_rate(self._precision) * device.matmul_efficiency.value
+        return operations / (rate * self._share(layout))
+
+    def _attention_seconds(self, operations: float, layout: Layout) -> float:
+        device = self.cluster.device
+        rate = self.cluster.matmul_rate(self._precision) * device.attention_efficiency.value
+        return operations / (rate * self._share(layout))
+
+    def _value_seconds(self, values: float) -> float:
+        return values * self.value_bytes / self._memory_rate
+
+
+def plain_residual(config: RunConfig) -> RunConfig:
+    """The same run with the plain residual, and nothing recomputed."""
+    residual = config.residual.model_copy(
+        update={"kind": ResidualKind.RESIDUAL, "num_streams": 1, "reduce": "mean"}
+    )
+    return config.model_copy(update={"residual": residual})
+
+
+def without_recompute(layout: Layout) -> Layout:
+    return replace(layout, recompute_block=None)

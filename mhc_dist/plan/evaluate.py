@@ -1,0 +1,90 @@
+"""What one layout costs: place, simulate, summarise. Imports no torch."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import lru_cache
+
+from mhc_dist.config import RunConfig
+from mhc_dist.model.flops import model_flops_per_token
+from mhc_dist.pipeline.action import Program
+from mhc_dist.pipeline.cost import CostTable
+from mhc_dist.pipeline.place import Placement, place
+from mhc_dist.pipeline.schedules.coarse import CoarseSchedule
+from mhc_dist.pipeline.schedules.registry import make_schedule
+from mhc_dist.pipeline.simulate import Simulation
+from mhc_dist.pipeline.summary import Summary, summarize
+from mhc_dist.plan.charge import Charge
+from mhc_dist.plan.cluster import Cluster
+from mhc_dist.plan.costs import CostModel
+from mhc_dist.plan.layout import Layout, chunk_shapes
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """A layout and what it costs. Memory is the fullest rank's peak."""
+
+    layout: Layout
+    summary: Summary
+    tokens_per_second: float
+    model_flops_utilization: float
+    reduce_seconds: float
+
+    @property
+    def step_seconds(self) -> float:
+        return self.summary.step_seconds
+
+    @property
+    def peak_bytes(self) -> int:
+        return max(self.summary.peak_bytes)
+
+
+@dataclass(frozen=True)
+class Planned:
+    """Everything that leads to an evaluation, for pictures and further questions."""
+
+    schedule: CoarseSchedule
+    costs: CostTable
+    program: Program
+    simulation: Simulation
+
+
+def memory_budget(cluster: Cluster) -> int:
+    """Bytes a rank may use."""
+    return int(cluster.device.memory_bytes.value * cluster.device.usable_memory.value)
+
+
+@lru_cache(maxsize=512)
+def cached_schedule(name: str, num_ranks: int, num_microbatches: int) -> CoarseSchedule:
+    return make_schedule(name, num_ranks, num_microbatches)
+
+
+def build(config: RunConfig, cluster: Cluster, layout: Layout, charge: Charge | None = None) -> Planned:
+    """Place and simulate one step of `layout`."""
+    schedule = cached_schedule(layout.schedule, layout.pipeline, layout.num_microbatches)
+    num_chunks = len(schedule.chunk_rank) // schedule.num_copies
+    shapes = chunk_shapes(config, num_chunks, layout.recompute_block)
+    costs = CostModel(config, cluster).table(layout, shapes, schedule.chunk_rank, charge)
+    placement = Placement(memory_budget=memory_budget(cluster))
+    program = place(schedule, shapes.chunks, costs, placement)
+    return Planned(schedule, costs, program, Simulation(program, costs))
+
+
+def evaluate(config: RunConfig, cluster: Cluster, layout: Layout, charge: Charge | None = None) -> Evaluation:
+    """Figures of one step of `layout`."""
+    planned = build(config, cluster, layout, charge)
+    summary = summarize(planned.simulation)
+    tokens = (
+        layout.data
+        * layout.num_microbatches
+        * config.data.sequences_per_microbatch
+        * config.data.sequence_length
+    )
+    peak = cluster.matmul_rate(config.train.precision) * layout.num_devices
+    return Evaluation(
+        layout=layout,
+        summary=summary,
+        tokens_per_second=tokens / summary.step_seconds,
+        model_flops_utilization=tokens * model_flops_per_token(config) / summary.step_seconds / peak,
+        reduce_seconds=planned.costs.reduce_seconds,
+    )

@@ -1,0 +1,63 @@
+"""What hyper-connections cost against the plain residual on the same cluster, and where it comes from.
+
+The breakdown switches costs on one after the other, from the best plain layout to the run itself, so its
+parts add up to the whole exactly:
+
+    memory-forced   the plain residual in the run's layout, against its own best layout
+    kernels         the connections' kernels instead of one fused add and norm
+    recompute       regenerating streams
+    p2p             n streams between pipeline ranks instead of one
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from mhc_dist.config import RunConfig
+from mhc_dist.plan.charge import Charge
+from mhc_dist.plan.cluster import Cluster
+from mhc_dist.plan.costs import plain_residual
+from mhc_dist.plan.evaluate import Evaluation, evaluate
+from mhc_dist.plan.search import same_layout, search
+
+
+@dataclass(frozen=True)
+class Overhead:
+    """Ratios of the plain residual's best step. `plain` is that step's evaluation."""
+
+    ratio: float
+    breakdown: dict[str, float]
+    plain: Evaluation
+    plain_in_same_layout: Evaluation
+
+    @property
+    def ratio_in_same_layout(self) -> float:
+        """Against the plain residual in the run's own layout: what published figures compare."""
+        steps = 1.0 + self.ratio
+        return steps * self.plain.step_seconds / self.plain_in_same_layout.step_seconds - 1.0
+
+    @property
+    def dominant(self) -> str:
+        """The largest part of the breakdown."""
+        return max(self.breakdown, key=lambda name: self.breakdown[name])
+
+
+def overhead(config: RunConfig, cluster: Cluster, num_devices: int, chosen: Evaluation) -> Overhead:
+    """Compare `chosen` (of `config`) with the plain residual on the same devices."""
+    plain_config = plain_residual(config)
+    layout = chosen.layout
+    in_layout = evaluate(plain_config, cluster, same_layout(layout))
+    best_plain = min(
+        search(plain_config, cluster, num_devices).best[0], in_layout, key=lambda e: e.step_seconds
+    )
+    steps = [
+        in_layout.step_seconds,
+        evaluate(config, cluster, layout, Charge(True, False, False)).step_seconds,
+        evaluate(config, cluster, layout, Charge(True, True, False)).step_seconds,
+        chosen.step_seconds,
+    ]
+    base = best_plain.step_seconds
+    names = ("kernels", "recompute", "p2p")
+    breakdown = {name: (steps[i + 1] - steps[i]) / base for i, name in enumerate(names)}
+    breakdown["memory_forced"] = (in_layout.step_seconds - base) / base
+    return Overhead((chosen.step_seconds - base) / base, breakdown, best_plain, in_layout)

@@ -1,0 +1,119 @@
+"""A plan as text and as JSON. Imports no torch."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from mhc_dist.config import RunConfig
+from mhc_dist.plan.cluster import Cluster
+from mhc_dist.plan.evaluate import Evaluation, memory_budget
+from mhc_dist.plan.overhead import Overhead
+from mhc_dist.plan.search import Search
+
+HEADINGS = (
+    "schedule",
+    "pipe",
+    "data",
+    "expert",
+    "micro",
+    "block",
+    "step s",
+    "tokens/s",
+    "MFU",
+    "bubble",
+    "exposed a2a",
+    "exposed p2p",
+    "GB/GPU",
+)
+
+ASSUMPTIONS = (
+    "routing is balanced: every expert gets the same number of rows",
+    "each row travels to every expert it is meant for, also to two on one rank",
+    "an exchange or a transfer keeps its lane to itself; node and network lanes are independent",
+    "element-wise steps are fused: each reads its inputs and writes its outputs once",
+    "connections use seam-fused kernels: 3n+2 rows forward, 5n+4 backward, n+2 recomputed, per token and"
+    " sublayer",
+    "gradients are reduced and weights gathered after the last weight gradient, not under it",
+    "the optimizer's own arithmetic, kernel launches and data loading are not counted",
+)
+
+
+def table(evaluations: Sequence[Evaluation]) -> str:
+    """One line per layout, fastest first."""
+    rows = [HEADINGS, *(_row(evaluation) for evaluation in evaluations)]
+    widths = [max(len(row[i]) for row in rows) for i in range(len(HEADINGS))]
+    return "\n".join("  ".join(cell.rjust(w) for cell, w in zip(row, widths, strict=True)) for row in rows)
+
+
+def _row(evaluation: Evaluation) -> tuple[str, ...]:
+    layout, summary = evaluation.layout, evaluation.summary
+    return (
+        layout.schedule,
+        str(layout.pipeline),
+        str(layout.data),
+        str(layout.expert),
+        str(layout.num_microbatches),
+        "-" if layout.recompute_block is None else str(layout.recompute_block),
+        f"{evaluation.step_seconds:.4g}",
+        f"{evaluation.tokens_per_second:.4g}",
+        f"{evaluation.model_flops_utilization:.1%}",
+        f"{summary.bubble_ratio:.1%}",
+        f"{summary.exposed_all_to_all_ratio:.1%}",
+        f"{summary.exposed_p2p_ratio:.1%}",
+        f"{evaluation.peak_bytes / 1e9:.1f}",
+    )
+
+
+def overhead_text(config: RunConfig, overhead: Overhead) -> str:
+    """The overhead and its parts, the largest named."""
+    kind = config.residual.kind.value
+    lines = [
+        f"{kind} with {config.residual.num_streams} streams against the plain residual at its best"
+        f" ({overhead.plain.layout}): {overhead.ratio:+.2%}"
+    ]
+    lines += [f"  {name:<14}{part:+.2%}" for name, part in overhead.breakdown.items()]
+    lines.append(
+        f"  against the plain residual in the same layout: {overhead.ratio_in_same_layout:+.2%};"
+        f" the largest part is {overhead.dominant}"
+    )
+    return "\n".join(lines)
+
+
+def plan_text(
+    config: RunConfig, cluster: Cluster, num_devices: int, found: Search, overhead: Overhead, rows: int
+) -> str:
+    """The whole plan, every assumption included."""
+    device = cluster.device
+    parts = [
+        f"{num_devices} x {device.name} on {cluster.name}: {found.num_layouts} layouts possible,"
+        f" {found.num_fitting} may fit {memory_budget(cluster) / 1e9:.1f} GB, {len(found.best)} simulated",
+        table(found.best[:rows]),
+        overhead_text(config, overhead),
+        "assumptions:\n" + "\n".join(f"  {line}" for line in ASSUMPTIONS),
+        "constants:\n" + "\n".join(f"  {name} = {c.value:g}: {c.source}" for name, c in cluster.constants()),
+    ]
+    return "\n\n".join(parts)
+
+
+def plan_json(best: Evaluation, overhead: Overhead) -> dict[str, object]:
+    """The best layout under the names others rely on."""
+    layout, summary = best.layout, best.summary
+    return {
+        "schedule": layout.schedule,
+        "pipeline": layout.pipeline,
+        "expert": layout.expert,
+        "data": layout.data,
+        "num_microbatches": layout.num_microbatches,
+        "recompute_block": layout.recompute_block,
+        "step_seconds": best.step_seconds,
+        "tokens_per_second": best.tokens_per_second,
+        "model_flops_utilization": best.model_flops_utilization,
+        "bubble_ratio": summary.bubble_ratio,
+        "exposed_all_to_all_ratio": summary.exposed_all_to_all_ratio,
+        "exposed_p2p_ratio": summary.exposed_p2p_ratio,
+        "all_to_all_hidden_ratio": summary.all_to_all_hidden_ratio,
+        "peak_memory_bytes": best.peak_bytes,
+        "overhead_ratio": overhead.ratio,
+        "overhead_ratio_same_layout": overhead.ratio_in_same_layout,
+        "overhead_breakdown": overhead.breakdown,
+    }

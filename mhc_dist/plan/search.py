@@ -1,0 +1,226 @@
+"""Finds the best layouts of a run on a cluster: enumerate, estimate, simulate the promising. No torch."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from functools import lru_cache
+
+from mhc_dist.config import ResidualKind, RunConfig
+from mhc_dist.pipeline.schedules.coarse import CoarseSchedule
+from mhc_dist.pipeline.schedules.registry import SCHEDULES
+from mhc_dist.pipeline.unit_costs import peak_live
+from mhc_dist.plan.cluster import Cluster
+from mhc_dist.plan.costs import CostModel
+from mhc_dist.plan.evaluate import Evaluation, cached_schedule, evaluate, memory_budget
+from mhc_dist.plan.layout import Layout, best_block, chunk_shapes
+
+NUM_SIMULATED = 12
+"""Layouts that are placed and simulated; the others are ruled out by their estimate. Every schedule gets at
+least one, so that none is judged by a guess alone."""
+
+PLANNED_SCHEDULES = tuple(name for name in sorted(SCHEDULES) if name != "dualpipe")
+"""dualpipe holds two copies of the model, which the optimizer engine does not keep in step."""
+
+HIDDEN_GUESS = {"dualpipev": 0.85, "zbv": 0.3, "zb1p": 0.3, "1f1b": 0.5, "gpipe": 0.3, "interleaved": 0.5}
+"""Share of the all-to-all that placement hides: only for the order in which layouts are simulated."""
+
+
+@dataclass(frozen=True, slots=True)
+class Estimate:
+    """A layout before simulation."""
+
+    layout: Layout
+    seconds: float
+    peak_bytes: int
+
+
+@dataclass(frozen=True)
+class Search:
+    """best: fastest first, all within memory. num_layouts: how many were possible at all."""
+
+    best: tuple[Evaluation, ...]
+    num_layouts: int
+    num_fitting: int
+
+
+class NothingFitsError(ValueError):
+    """No layout fits: says by how much, and the nearest that would."""
+
+
+def sequences_per_step(config: RunConfig) -> int:
+    """The global batch, which every layout of the run keeps."""
+    return config.parallel.data * config.schedule.num_microbatches * config.data.sequences_per_microbatch
+
+
+def possible_layouts(config: RunConfig, num_devices: int, schedules: tuple[str, ...]) -> Iterator[Layout]:
+    """All layouts of `num_devices` that keep the global batch and that schedules and experts allow."""
+    batch, rows = sequences_per_step(config), config.data.sequences_per_microbatch
+    for pipeline in divisors(num_devices):
+        data = num_devices // pipeline
+        if pipeline > config.model.num_layers or batch % (data * rows):
+            continue
+        num_microbatches = batch // (data * rows)
+        for name in schedules:
+            try:
+                schedule = cached_schedule(name, pipeline, num_microbatches)
+            except ValueError:
+                continue
+            num_chunks = len(schedule.chunk_rank) // schedule.num_copies
+            if num_chunks > config.model.num_layers:
+                continue
+            for expert in divisors(data):
+                if config.model.num_experts % expert == 0:
+                    for block in recompute_choices(config, num_chunks):
+                        yield Layout(name, pipeline, expert, data, num_microbatches, block)
+
+
+def recompute_choices(config: RunConfig, num_chunks: int) -> list[int | None]:
+    """Nothing, single layers, the block that keeps least, whole chunks."""
+    if config.residual.kind is ResidualKind.RESIDUAL:
+        return [None]
+    sublayers = max(2, 2 * -(-config.model.num_layers // num_chunks))
+    blocks = {2, best_block(sublayers, config.residual.num_streams), sublayers}
+    # Phases of expert layers cross two connections, so blocks count in twos.
+    return [None, *sorted({max(2, block // 2 * 2) for block in blocks})]
+
+
+def divisors(number: int) -> list[int]:
+    return [d for d in range(1, number + 1) if number % d == 0]
+
+
+def search(
+    config: RunConfig, cluster: Cluster, num_devices: int, schedules: tuple[str, ...] = PLANNED_SCHEDULES
+) -> Search:
+    """The fastest layouts that fit. ValueError if none is possible, NothingFitsError if none fits."""
+    estimates = estimate_all(config, cluster, num_devices, schedules)
+    if not estimates:
+        raise ValueError(impossible(config, num_devices))
+    budget = memory_budget(cluster)
+    # Estimates leave out placement's choices; anything near the budget is decided by simulation.
+    fitting = [e for e in estimates if e.peak_bytes <= 1.1 * budget]
+    evaluations = [
+        found
+        for group in promising(fitting)
+        if (found := first_that_fits(config, cluster, group)) is not None
+    ]
+    best = sorted(evaluations, key=lambda e: (e.step_seconds, str(e.layout)))
+    if not best:
+        raise NothingFitsError(nothing_fits(config, cluster, num_devices, estimates, schedules))
+    return Search(tuple(best), len(estimates), len(fitting))
+
+
+def promising(estimates: list[Estimate]) -> list[list[Estimate]]:
+    """The fastest groups by estimate. A group differs only in what it recomputes, the fastest first."""
+    groups: dict[Layout, list[Estimate]] = {}
+    for found in sorted(estimates, key=lambda e: (e.seconds, e.peak_bytes, str(e.layout))):
+        groups.setdefault(same_layout(found.layout), []).append(found)
+    chosen = list(groups)[:NUM_SIMULATED]
+    for name in sorted({layout.schedule for layout in groups}):
+        if not any(layout.schedule == name for layout in chosen):
+            chosen.append(next(layout for layout in groups if layout.schedule == name))
+    return [groups[layout] for layout in chosen]
+
+
+def first_that_fits(config: RunConfig, cluster: Cluster, group: list[Estimate]) -> Evaluation | None:
+    """Recomputing more never makes a step faster, so the first member within memory is the best one."""
+    for member in group:
+        evaluation = evaluate(config, cluster, member.layout)
+        if evaluation.peak_bytes <= memory_budget(cluster):
+            return evaluation
+    return None
+
+
+def estimate_all(
+    config: RunConfig, cluster: Cluster, num_devices: int, schedules: tuple[str, ...]
+) -> list[Estimate]:
+    """Estimates of all possible layouts."""
+    model = CostModel(config, cluster)
+    return [estimate(config, model, layout) for layout in possible_layouts(config, num_devices, schedules)]
+
+
+@lru_cache(maxsize=512)
+def _peaks(schedule: CoarseSchedule) -> tuple[int, ...]:
+    return tuple(peak_live(slots) for slots in schedule.ranks)
+
+
+def estimate(config: RunConfig, model: CostModel, layout: Layout) -> Estimate:
+    """Work of the slowest rank, plus the schedule's published idle time, plus communication not hidden."""
+    schedule = cached_schedule(layout.schedule, layout.pipeline, layout.num_microbatches)
+    num_chunks = len(schedule.chunk_rank) // schedule.num_copies
+    shapes = chunk_shapes(config, num_chunks, layout.recompute_block)
+    costs = model.table(layout, shapes, schedule.chunk_rank)
+    ranks = range(layout.pipeline)
+    forward, inputs, weights, wire = ([0.0 for _ in ranks] for _ in range(4))
+    kept, most_dropped = [0 for _ in ranks], [0 for _ in ranks]
+    for (chunk, _), phase in costs.phases.items():
+        rank = schedule.chunk_rank[chunk]
+        forward[rank] += phase.forward
+        inputs[rank] += phase.input_gradient + phase.recompute
+        weights[rank] += phase.weight_gradient
+        kept[rank] += phase.saved_bytes
+        most_dropped[rank] = max(most_dropped[rank], phase.dropped_bytes)
+    for (chunk, _), exchange in costs.exchanges.items():
+        wire[schedule.chunk_rank[chunk]] += exchange.forward + exchange.backward
+    busy = max(f + i + w for f, i, w in zip(forward, inputs, weights, strict=True))
+    f, b, w = max(forward), max(inputs) + max(weights), max(weights)
+    distance = layout.pipeline - 1
+    idle = {
+        "zb1p": distance * (f + b - 2 * w),
+        "zbv": distance * max(0.0, f + b - 3 * w) / 2 + distance * f / 8,
+        "dualpipev": distance * (f + 2 * b - 3 * w) / 2,
+        "interleaved": distance * (f + b) / 2,
+    }.get(layout.schedule, distance * (f + b))
+    exposed = (1 - HIDDEN_GUESS[layout.schedule]) * max(wire)
+    seconds = layout.num_microbatches * (busy + exposed) + idle + costs.reduce_seconds
+    share = len(schedule.chunk_rank) / layout.pipeline
+    peaks = [
+        static + round(live / share * held) + dropped
+        for static, live, held, dropped in zip(
+            costs.static_bytes, _peaks(schedule), kept, most_dropped, strict=True
+        )
+    ]
+    return Estimate(layout, seconds, max(peaks))
+
+
+def impossible(config: RunConfig, num_devices: int) -> str:
+    """Why no layout of `num_devices` keeps the batch."""
+    batch, rows = sequences_per_step(config), config.data.sequences_per_microbatch
+    pipelines = [d for d in divisors(num_devices) if d <= config.model.num_layers]
+    tried = ", ".join(f"{num_devices // d} data x {d} pipeline" for d in pipelines)
+    workable = [n for n in range(1, 2 * num_devices + 1) if batch % (n * rows) == 0]
+    nearest = min(workable, key=lambda n: (abs(n - num_devices), n))
+    return (
+        f"{num_devices} devices cannot share a batch of {batch} sequences in whole microbatches of {rows}"
+        f" with {config.model.num_layers} layers (tried {tried}). Use --gpus {nearest}, or change"
+        " schedule.num_microbatches or parallel.data."
+    )
+
+
+def nothing_fits(
+    config: RunConfig,
+    cluster: Cluster,
+    num_devices: int,
+    estimates: list[Estimate],
+    schedules: tuple[str, ...],
+) -> str:
+    """By how much the smallest layout misses, and the smallest number of devices whose layouts fit."""
+    budget = memory_budget(cluster)
+    smallest = min(estimates, key=lambda e: (e.peak_bytes, e.seconds))
+    text = (
+        f"no layout of {num_devices} devices fits: the smallest, {smallest.layout}, needs"
+        f" {smallest.peak_bytes / 1e9:.1f} GB of the {budget / 1e9:.1f} GB usable on one"
+        f" {cluster.device.name}, {(smallest.peak_bytes - budget) / 1e9:.1f} GB too much."
+    )
+    for factor in range(2, 65):
+        larger = estimate_all(config, cluster, num_devices * factor, schedules)
+        fitting = [e for e in larger if e.peak_bytes <= budget]
+        if fitting:
+            nearest = min(fitting, key=lambda e: (e.seconds, e.peak_bytes))
+            return f"{text} The nearest that does fit: --gpus {num_devices * factor}, {nearest.layout}."
+    return f"{text} No multiple of them up to {64 * num_devices} fits either: lower data.sequence_length."
+
+
+def same_layout(layout: Layout) -> Layout:
+    """The layout without recomputation."""
+    return replace(layout, recompute_block=None)
