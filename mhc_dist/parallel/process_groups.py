@@ -16,6 +16,7 @@ from typing import Literal, Protocol
 
 import torch
 import torch.distributed as dist
+from torch._C._distributed_c10d import Store
 
 from mhc_dist.topology import Topology
 
@@ -73,11 +74,11 @@ def init_distributed(
     return device
 
 
-def run_store() -> dist.Store:
+def run_store() -> Store:
     """A client of the world's key-value store for one user alone; rank 0's process hosts the store."""
     # Private, but the only way to the store behind env://: a second one would need a second free port.
-    store: dist.Store = dist.distributed_c10d._get_default_store()
-    clone: dist.Store = store.clone()
+    store: Store = dist.distributed_c10d._get_default_store()
+    clone: Store = store.clone()  # type: ignore[attr-defined]  # missing from the stubs
     return clone
 
 
