@@ -18,7 +18,7 @@ from mhc_kernels.device.backward_apply import backward_apply_kernel
 from mhc_kernels.device.backward_dots import backward_dots_kernel
 from mhc_kernels.device.mix_pre import mix_pre_kernel
 from mhc_kernels.device.post_project import post_project_kernel
-from mhc_kernels.device.reduce_partials import reduce_dots_kernel, reduce_partials_kernel
+from mhc_kernels.device.reduce_partials import reduce_partials_kernel
 from mhc_kernels.device.streams import (
     post_kernel,
     pre_backward_kernel,
@@ -32,7 +32,6 @@ from mhc_kernels.tiles import TileSet, power_of_two_at_least, tiles_for
 
 MIXING_CODE = {Mixing.SINKHORN: 0, Mixing.IDENTITY: 1, Mixing.PERMUTATIONS: 2}
 REDUCE_BLOCK = 1024
-DOTS_TOKENS = 64
 PROGRAMS_WANTED = 528
 """Programs that backward_apply aims for: four per multiprocessor of the largest supported devices."""
 SMALLEST_TOKEN_SPLIT = 256
@@ -273,10 +272,10 @@ def _apply(
     blocks = triton.cdiv(channels, tiles.backward_apply.channels)
     num_dots = n + (n * n if mixed else 0)
     d_streams_TNC = new_result(streams_TNC.shape, streams_TNC.dtype, device)
-    d_y_TC = dots_BKT = None
+    d_y_TC = dots_BTK = None
     if update is not None:
         d_y_TC = new_result((num_tokens, channels), streams_TNC.dtype, device)
-        dots_BKT = new_result((blocks, num_dots, num_tokens), torch.float32, device)
+        dots_BTK = new_result((blocks, num_tokens, num_dots), torch.float32, device)
     d_h, gain, used_pre, rstd, h_dot, shrink, d_projection = behind or (None,) * 7
     d_phi, d_gain = partial_parameter_gradients or (None,) * 2
     spec = None if connection is None else connection.spec
@@ -296,7 +295,7 @@ def _apply(
         None if connection is None else connection.phi_MD,
         d_streams_TNC,
         d_y_TC,
-        dots_BKT,
+        dots_BTK,
         d_phi,
         d_gain,
         num_tokens,
@@ -314,20 +313,9 @@ def _apply(
         BC=tiles.backward_apply.channels,
         num_warps=tiles.backward_apply.num_warps,
     )
-    if dots_BKT is None:
+    if dots_BTK is None:
         return d_streams_TNC, None, None, None
-    dots_TK = new_result((num_tokens, num_dots), torch.float32, device)
-    if num_tokens:
-        reduce_dots_kernel[(triton.cdiv(num_tokens, DOTS_TOKENS),)](
-            dots_BKT,
-            dots_TK,
-            num_tokens,
-            BLOCKS=blocks,
-            K=num_dots,
-            K_PAD=power_of_two_at_least(num_dots),
-            BT=DOTS_TOKENS,
-            num_warps=4,
-        )
+    dots_TK = reduce_partials(dots_BTK)
     d_res_TNN = dots_TK[:, n:].view(num_tokens, n, n) if mixed else None
     return d_streams_TNC, d_y_TC, dots_TK[:, :n], d_res_TNN
 

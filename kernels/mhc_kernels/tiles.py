@@ -50,11 +50,12 @@ def tiles_for(architecture: str, num_streams: int, channels: int) -> TileSet:
         raise ValueError(f"C={channels} is wider than the widest tile bucket {WIDTH_BUCKETS[-1]}")
     amd = architecture.startswith("gfx")
     row_warps = {1536: 4, 3072: 8, 5120: 8, 8192: 16}[bucket]
+    mix_warps = min(8, row_warps)
     row = power_of_two_at_least(channels)
     row_tokens = 2 if row <= 2048 else 1
     return TileSet(
         post_project=Tile(16 if amd else 64, 32, 8),
-        mix_pre=Tile(row_tokens, row, row_warps),
+        mix_pre=Tile(row_tokens, row, mix_warps),
         streams=Tile(8, 128, 4),
         backward_dots=Tile(1, row, row_warps),
         backward_apply=Tile(16, 64 if num_streams <= 4 else 32, 8),

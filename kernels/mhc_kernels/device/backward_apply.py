@@ -14,7 +14,14 @@ reduce_partials kernels add them in a fixed order.
 import triton
 import triton.language as tl
 
-from mhc_kernels.device.common import collapsed, load_coefficients, load_streams, mixed_stream
+from mhc_kernels.device.common import load_coefficients, load_streams, mixed_stream, stream_dots
+
+
+@triton.jit
+def load_again(pointer, rows, row_ok, stride):
+    """A coefficient (BT,) that was loaded before: from the first-level cache instead of registers, which are
+    what this kernel is short of. The cache modifier keeps the compiler from merging the two loads."""
+    return tl.load(pointer + rows * stride, mask=row_ok, other=0.0, cache_modifier=".ca")
 
 
 @triton.jit(do_not_specialize=["num_tokens", "tokens_per_split"])
@@ -34,7 +41,7 @@ def backward_apply_kernel(
     phi_ptr,  # (M, N*C) fp32
     d_x_ptr,  # (T, N, C)
     d_y_ptr,  # (T, C)
-    dots_ptr,  # (C / BC, N + N*N, T) fp32: partial dpost, dres
+    dots_ptr,  # (C / BC, T, N + N*N) fp32: partial dpost, dres
     d_phi_ptr,  # (TOKEN_SPLITS, M, N*C) fp32
     d_gain_ptr,  # (TOKEN_SPLITS, C) fp32
     num_tokens,
@@ -56,11 +63,12 @@ def backward_apply_kernel(
     coefficient = tl.arange(0, M_PAD)
     coefficient_ok = coefficient < M
     num_dots: tl.constexpr = N + (N * N if MIXED else 0)
+    n_index = tl.arange(0, N)
     num_rows = num_tokens.to(tl.int64)
 
     if HAS_NEXT:
         gain = tl.load(gain_ptr + cols, mask=col_ok, other=0.0).to(tl.float32)
-        d_gain = tl.zeros((BC,), dtype=tl.float32)
+        d_gain = tl.zeros((BT, BC), dtype=tl.float32)
         phi_offsets = coefficient[:, None] * (N * C) + cols[None, :]
         phi_mask = coefficient_ok[:, None] & col_ok[None, :]
         phis = ()
@@ -79,20 +87,12 @@ def backward_apply_kernel(
         row_ok = rows < split_size - offset
         mask = row_ok[:, None] & col_ok[None, :]
         xs = load_streams(x_ptr + first * (N * C), rows, cols, mask, N, C)
-        new_xs = xs
+        totals = load_streams(g_ptr + first * (N * C), rows, cols, mask, N, C)
         if HAS_UPDATE:
-            dots = dots_ptr + channel_block * num_dots * num_rows + first + rows
-            post = load_coefficients(post_ptr + first * N, rows, row_ok, N, N)
-            res = ()
-            if MIXED:
-                res = load_coefficients(res_ptr + first * (N * N), rows, row_ok, N * N, N * N)
             y = tl.load(y_ptr + first * C + row_offsets, mask=mask, other=0.0).to(tl.float32)
-            if HAS_NEXT:
-                new_xs = ()
-                for o in tl.static_range(N):
-                    rounded = mixed_stream(o, xs, y, post, res, N, MIXED).to(x_ptr.dtype.element_ty)
-                    new_xs = new_xs + (rounded.to(tl.float32),)
+
         if HAS_NEXT:
+            # Each x'[o] is recomputed, used in three places, and dropped: registers are scarce here.
             pre = load_coefficients(used_pre_ptr + first * N, rows, row_ok, N, N)
             rstd_h = tl.load(rstd_h_ptr + first + rows, mask=row_ok, other=0.0)
             h_dot = tl.load(h_dot_ptr + first + rows, mask=row_ok, other=0.0)
@@ -103,61 +103,58 @@ def backward_apply_kernel(
                 other=0.0,
             )
             d_h = tl.load(d_h_ptr + first * C + row_offsets, mask=mask, other=0.0).to(tl.float32)
-            unit = collapsed(new_xs, pre, N) * rstd_h[:, None]
-            d_gain += tl.sum(d_h * unit, axis=0)
-            d_u = (d_h * gain[None, :] - unit * h_dot[:, None]) * rstd_h[:, None]
-
-        d_xs = ()
-        d_y = tl.zeros((BT, BC), dtype=tl.float32)
-        grown = ()
-        for o in tl.static_range(N):
-            total = tl.load(g_ptr + first * (N * C) + o * C + stream_offsets, mask=mask, other=0.0).to(
-                tl.float32
-            )
-            if HAS_NEXT:
-                total += pre[o][:, None] * d_u - shrink[:, None] * new_xs[o]
-                total = tl.dot(d_projection, phis[o], total, input_precision=PRECISION)
-                grown = grown + (
-                    tl.dot(tl.trans(d_projection), new_xs[o], d_phis[o], input_precision=PRECISION),
-                )
             if HAS_UPDATE:
-                d_y += post[o][:, None] * total
-                tl.store(dots + o * num_rows, tl.sum(total * y, axis=1), mask=row_ok)
+                post = load_coefficients(post_ptr + first * N, rows, row_ok, N, N)
+                res = ()
                 if MIXED:
-                    for i in tl.static_range(N):
-                        dot = tl.sum(total * xs[i], axis=1)
-                        tl.store(dots + (N + o * N + i) * num_rows, dot, mask=row_ok)
-                    if o == 0:
-                        for i in tl.static_range(N):
-                            d_xs = d_xs + (res[o * N + i][:, None] * total,)
-                    else:
-                        added = ()
-                        for i in tl.static_range(N):
-                            added = added + (d_xs[i] + res[o * N + i][:, None] * total,)
-                        d_xs = added
+                    res = load_coefficients(res_ptr + first * (N * N), rows, row_ok, N * N, N * N)
+            u = tl.zeros((BT, BC), dtype=tl.float32)
+            grown = ()
+            shrunk = ()
+            for o in tl.static_range(N):
+                if HAS_UPDATE:
+                    x_new = mixed_stream(o, xs, y, post, res, N, MIXED)
+                    x_new = x_new.to(x_ptr.dtype.element_ty).to(tl.float32)
                 else:
-                    tl.store(
-                        d_x_ptr + first * (N * C) + o * C + stream_offsets,
-                        total.to(d_x_ptr.dtype.element_ty),
-                        mask=mask,
-                    )
-            else:
-                tl.store(
-                    d_x_ptr + first * (N * C) + o * C + stream_offsets,
-                    total.to(d_x_ptr.dtype.element_ty),
-                    mask=mask,
-                )
-        if HAS_NEXT:
+                    x_new = xs[o]
+                u += pre[o][:, None] * x_new
+                shrunk = shrunk + (totals[o] - shrink[:, None] * x_new,)
+                d_phi_o = tl.dot(tl.trans(d_projection), x_new, d_phis[o], input_precision=PRECISION)
+                grown = grown + (d_phi_o,)
             d_phis = grown
+            unit = u * rstd_h[:, None]
+            d_gain += d_h * unit
+            d_u = (d_h * gain[None, :] - unit * h_dot[:, None]) * rstd_h[:, None]
+            totals = ()
+            for o in tl.static_range(N):
+                total = shrunk[o] + pre[o][:, None] * d_u
+                totals = totals + (tl.dot(d_projection, phis[o], total, input_precision=PRECISION),)
+
+        # `totals` is the gradient of x'. Push it through the update.
+        d_x_tile = d_x_ptr + first * (N * C) + stream_offsets
         if HAS_UPDATE:
+            dots = dots_ptr + (channel_block * num_rows + first) * num_dots + rows[:, None] * num_dots
+            tl.store(dots + n_index[None, :], stream_dots(y, totals, N), mask=row_ok[:, None])
+            d_y = tl.zeros((BT, BC), dtype=tl.float32)
+            for o in tl.static_range(N):
+                d_y += load_again(post_ptr + first * N + o, rows, row_ok, N)[:, None] * totals[o]
             tl.store(d_y_ptr + first * C + row_offsets, d_y.to(d_y_ptr.dtype.element_ty), mask=mask)
-            if MIXED:
-                for i in tl.static_range(N):
-                    d_x = d_xs[i].to(d_x_ptr.dtype.element_ty)
-                    tl.store(d_x_ptr + first * (N * C) + i * C + stream_offsets, d_x, mask=mask)
+        if MIXED:
+            for o in tl.static_range(N):
+                d_res_o = stream_dots(totals[o], xs, N)
+                tl.store(dots + (N + o * N) + n_index[None, :], d_res_o, mask=row_ok[:, None])
+            for i in tl.static_range(N):
+                d_x = tl.zeros((BT, BC), dtype=tl.float32)
+                for o in tl.static_range(N):
+                    res_oi = load_again(res_ptr + first * (N * N) + (o * N + i), rows, row_ok, N * N)
+                    d_x += res_oi[:, None] * totals[o]
+                tl.store(d_x_tile + i * C, d_x.to(d_x_ptr.dtype.element_ty), mask=mask)
+        else:
+            for o in tl.static_range(N):
+                tl.store(d_x_tile + o * C, totals[o].to(d_x_ptr.dtype.element_ty), mask=mask)
 
     if HAS_NEXT:
-        tl.store(d_gain_ptr + token_split * C + cols, d_gain, mask=col_ok)
+        tl.store(d_gain_ptr + token_split * C + cols, tl.sum(d_gain, axis=0), mask=col_ok)
         split_ptr = d_phi_ptr + token_split.to(tl.int64) * (M * N * C)
         for o in tl.static_range(N):
             tl.store(split_ptr + phi_offsets + o * C, d_phis[o], mask=phi_mask)

@@ -6,8 +6,8 @@
 Legend: T tokens, N streams, C channels, M coefficients per token; BT, BC tile sizes; `rows` (BT,) token
 indices, `cols` (BC,) channel indices. Streams are tuples of N tiles (BT, BC), coefficients tuples of (BT,).
 
-Addresses: a scalar 64-bit base (the tile's first token) plus 32-bit offsets within the tile. `rows` are counted
-from the base. Tiles of 64-bit addresses would cost two registers per element and tensor.
+Addresses: a scalar 64-bit base (the tile's first token) plus 32-bit offsets within the tile; `rows` count from
+the base. Tiles of 64-bit addresses would cost two registers per element and tensor.
 
 `mixed_stream` and `scaled_input` are the only places where x' and h are computed. Forward, backward and
 recompute call them with the same operands in the same order, which is what makes recompute bit-equal.
@@ -61,6 +61,28 @@ def collapsed(xs, pre, N: tl.constexpr):
 def scaled_input(u, rstd, gain):
     """h before rounding: RMSNorm of u."""
     return u * rstd[:, None] * gain[None, :]
+
+
+@triton.jit
+def stream_dots(tile, xs, N: tl.constexpr):
+    """<tile, x[i]> over the channels for all i, (BT, N): one reduction for all streams.
+
+    Every reduction over channels ends in a barrier when warps share rows, so N of them are joined into one.
+    """
+    if N == 2:
+        products = tl.join(tile * xs[0], tile * xs[1])
+    elif N == 4:
+        products = tl.join(
+            tl.join(tile * xs[0], tile * xs[2]),
+            tl.join(tile * xs[1], tile * xs[3]),
+        )
+    else:
+        tl.static_assert(N == 8)
+        products = tl.join(
+            tl.join(tl.join(tile * xs[0], tile * xs[4]), tl.join(tile * xs[2], tile * xs[6])),
+            tl.join(tl.join(tile * xs[1], tile * xs[5]), tl.join(tile * xs[3], tile * xs[7])),
+        )
+    return tl.reshape(tl.sum(products, axis=1), (tile.shape[0], N))
 
 
 @triton.jit

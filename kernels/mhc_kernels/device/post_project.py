@@ -53,7 +53,7 @@ def post_project_kernel(
             res = load_coefficients(res_ptr, rows, row_ok, N * N, N * N)
 
     projection = tl.zeros((BT, M_PAD), dtype=tl.float32)
-    squares = tl.zeros((BT,), dtype=tl.float32)
+    squares = tl.zeros((BT, BC), dtype=tl.float32)
     for offset in range(0, SPLIT_CHANNELS, BC):
         cols = split * SPLIT_CHANNELS + offset + tl.arange(0, BC)
         col_ok = (cols < C) & (offset + tl.arange(0, BC) < SPLIT_CHANNELS)
@@ -68,7 +68,7 @@ def post_project_kernel(
                 x_new = rounded.to(tl.float32)
             else:
                 x_new = xs[o]
-            squares += tl.sum(x_new * x_new, axis=1)
+            squares += x_new * x_new
             phi_offsets = coefficient[:, None] * (N * C) + o * C + cols[None, :]
             phi = tl.load(phi_ptr + phi_offsets, mask=(coefficient < M)[:, None] & col_ok[None, :], other=0.0)
             projection = tl.dot(x_new, tl.trans(phi), projection, input_precision=PRECISION)
@@ -77,4 +77,4 @@ def post_project_kernel(
     partials = partial_ptr + out_first * M + rows[:, None] * M + coefficient[None, :]
     partial_mask = row_ok[:, None] & (coefficient < M)[None, :]
     tl.store(partials, projection, mask=partial_mask)
-    tl.store(square_ptr + out_first + rows, squares, mask=row_ok)
+    tl.store(square_ptr + out_first + rows, tl.sum(squares, axis=1), mask=row_ok)

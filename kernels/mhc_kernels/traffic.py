@@ -1,0 +1,279 @@
+"""Bytes a sublayer moves, counted: `python -m mhc_kernels.traffic [--json]`.
+
+The kernels run in Triton's interpreter, which sees every load and store. Two token counts are run and the
+slope is taken, so weights and other constants drop out. Unit: C, one row of channels per token in the streams'
+dtype. Unique bytes are what device memory must move when a kernel's own repeats hit a cache; requested bytes are what
+the kernel asks for. Everything is counted, coefficients and partial sums too, and so are torch operations.
+
+forward    one seam forward (post_project, mix_pre)
+backward   one seam backward (backward_dots, backward_apply, reduce_partials)
+recompute  one more sublayer in a recompute block
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from mhc_kernels import interpreted, launch
+from mhc_kernels.seam_function import SeamGradients, Update
+from mhc_kernels.spec import Connection, ConnectionSpec, Kept, Mixing
+
+FIELD = {
+    "naive (paper, table 2)": (34.0, None, None, None),
+    "paper / TileKernels": (18.0, 39.0, 6.0, 63.0),
+    "Megatron dev (cuTile)": (18.0, 53.0, 14.0, 85.0),
+    "TransformerEngine": (18.0, 59.0, 14.0, 91.0),
+    "Liger": (38.0, 111.0, 14.0, 163.0),
+}
+"""(forward, backward, recompute, total) in C, from reading each implementation, without the RMSNorm."""
+
+TOKEN_COUNTS = (64, 128)
+STREAM_ARGUMENTS = ("x_ptr", "y_ptr", "out_ptr", "h_ptr", "g_ptr", "d_h_ptr", "d_x_ptr", "d_y_ptr")
+
+
+class Phase:
+    """Traffic of one phase at one token count."""
+
+    def __init__(self, launches: list[interpreted.LaunchTraffic], torch_moved: dict[str, int]) -> None:
+        self.launches = launches
+        self.torch_moved = torch_moved
+
+    def kernels(self) -> dict[str, dict[str, float]]:
+        """Per kernel: unique and requested bytes in both directions, and the part that is streams."""
+        rows: dict[str, dict[str, float]] = {}
+        for one in self.launches:
+            row = rows.setdefault(one.kernel, dict.fromkeys(ROW_KEYS, 0.0))
+            row["loaded"] += sum(one.loaded_bytes.values())
+            row["stored"] += sum(one.stored_bytes.values())
+            row["requested_loaded"] += sum(one.requested_loads.values())
+            row["requested_stored"] += sum(one.requested_stores.values())
+            moved = [*one.loaded_bytes.items(), *one.stored_bytes.items()]
+            row["streams"] += sum(count for name, count in moved if _is_stream(name))
+        return rows
+
+    def chunked(self) -> float:
+        """Unique bytes when the phase's kernels follow each other on token chunks that stay in the L2 cache.
+
+        A load of what an earlier kernel of the phase loaded or stored hits; coefficient-sized partial sums
+        between the kernels are written back once and never read from memory.
+        """
+        seen: set[int] = set()
+        moved = 0
+        for one in self.launches:
+            for name, count in one.loaded_bytes.items():
+                if one.addresses[name] not in seen:
+                    moved += count
+            moved += sum(one.stored_bytes.values())
+            seen |= {one.addresses[name] for name in (*one.loaded_bytes, *one.stored_bytes)}
+        return float(moved)
+
+
+ROW_KEYS = ("loaded", "stored", "requested_loaded", "requested_stored", "streams")
+
+
+def _is_stream(name: str) -> bool:
+    stem = name.split("[")[0].replace("_ptrs", "_ptr")
+    return stem in STREAM_ARGUMENTS
+
+
+class Sublayer:
+    """Random inputs of one seam at a token count."""
+
+    def __init__(self, num_tokens: int, channels: int, spec: ConnectionSpec, dtype: torch.dtype) -> None:
+        n, m = spec.num_streams, spec.num_coefficients
+        generator = torch.Generator().manual_seed(0)
+
+        def draw(*shape: int) -> torch.Tensor:
+            return torch.randn(*shape, generator=generator)
+
+        self.streams = draw(num_tokens, n, channels).to(dtype)
+        self.update = Update(
+            draw(num_tokens, channels).to(dtype), draw(num_tokens, n), draw(num_tokens, n, n)
+        )
+        if spec.num_res_coefficients == 0:
+            self.update = self.update._replace(res_TNN=None)
+        self.connection = Connection(draw(m, n * channels), draw(3), draw(m), draw(channels), spec)
+        self.carried = draw(num_tokens, n) if spec.shifted_pre else None
+        self.forward = launch.seam_forward(self.streams, self.update, self.connection, self.carried)
+
+    def run_forward(self) -> None:
+        launch.seam_forward(self.streams, self.update, self.connection, self.carried)
+
+    def run_backward(self) -> None:
+        gradients = SeamGradients(
+            torch.randn_like(self.streams),
+            torch.randn_like(self.update.y_TC),
+            self.carried,
+            torch.randn_like(self.update.post_TN),
+            None if self.update.res_TNN is None else torch.randn_like(self.update.res_TNN),
+        )
+        launch.seam_backward(
+            self.streams, self.update, self.connection, self.carried, self.forward, gradients
+        )
+
+    def run_recompute(self, sublayers: int) -> None:
+        update = self.update
+        kept = [
+            Kept(
+                self.forward.pre_TN,
+                self.forward.rstd_T,
+                self.connection.gain_C,
+                update.post_TN.clone(),
+                None if update.res_TNN is None else update.res_TNN.clone(),
+                update.y_TC.clone(),
+            )
+            for _ in range(sublayers)
+        ]
+        kept = [sublayer._replace(pre_TN=sublayer.pre_TN.clone()) for sublayer in kept]
+        launch.recompute_block(self.streams, kept)
+
+
+def count(action: Callable[[], None]) -> Phase:
+    """Run `action` and count; torch operations inside the kernels' interpretation are not counted."""
+    with interpreted.counted_traffic() as launches, interpreted.TorchTrafficMode() as torch_traffic:
+        action()
+    return Phase(launches, torch_traffic.moved)
+
+
+def per_token(action_of: Callable[[int], Phase], channels: int, item_bytes: int) -> dict[str, Any]:
+    """Slopes between the two token counts, in units of C."""
+    few, many = (action_of(num_tokens) for num_tokens in TOKEN_COUNTS)
+    unit = (TOKEN_COUNTS[1] - TOKEN_COUNTS[0]) * channels * item_bytes
+
+    def slope(small: float, large: float) -> float:
+        return (large - small) / unit
+
+    kernels = {
+        name: {key: slope(few.kernels()[name][key], row[key]) for key in ROW_KEYS}
+        for name, row in many.kernels().items()
+    }
+    torch_operations = {
+        name: slope(few.torch_moved.get(name, 0), moved) for name, moved in many.torch_moved.items()
+    }
+    return {
+        "kernels": kernels,
+        "torch_operations": {name: value for name, value in torch_operations.items() if value},
+        "total": sum(row["loaded"] + row["stored"] for row in kernels.values())
+        + sum(torch_operations.values()),
+        "streams": sum(row["streams"] for row in kernels.values()),
+        "chunked": slope(few.chunked(), many.chunked()),
+    }
+
+
+def difference(more: Any, less: Any) -> Any:
+    """Entry by entry: what one sublayer more in a recompute block costs (its first load is shared)."""
+    if isinstance(more, dict):
+        return {key: difference(value, less.get(key, 0.0)) for key, value in more.items()}
+    return more - less
+
+
+def measure(channels: int, spec: ConnectionSpec, dtype: torch.dtype) -> dict[str, Any]:
+    """Traffic of one sublayer: forward, backward, recompute and their total."""
+    interpreted.require_interpreter()
+    sublayers = {t: Sublayer(t, channels, spec, dtype) for t in TOKEN_COUNTS}
+    item_bytes = torch.empty(0, dtype=dtype).element_size()
+
+    def block(length: int) -> dict[str, Any]:
+        return per_token(lambda t: count(lambda: sublayers[t].run_recompute(length)), channels, item_bytes)
+
+    phases = {
+        "forward": per_token(lambda t: count(sublayers[t].run_forward), channels, item_bytes),
+        "backward": per_token(lambda t: count(sublayers[t].run_backward), channels, item_bytes),
+        "recompute": difference(block(3), block(2)),
+    }
+    sums = {key: sum(phase[key] for phase in phases.values()) for key in ("total", "streams", "chunked")}
+    return {
+        "unit": "C: one row of channels per token",
+        "channels": channels,
+        "num_streams": spec.num_streams,
+        "mixing": str(spec.mixing),
+        "dtype": str(dtype).removeprefix("torch."),
+        "token_counts": TOKEN_COUNTS,
+        **{name: phase["total"] for name, phase in phases.items()},
+        **sums,
+        "kernels": [
+            {"phase": name, "name": kernel} | row
+            for name, phase in phases.items()
+            for kernel, row in phase["kernels"].items()
+        ],
+        "torch_operations": {name: phase["torch_operations"] for name, phase in phases.items()},
+        "phases": {
+            name: {key: phase[key] for key in ("total", "streams", "chunked")}
+            for name, phase in phases.items()
+        },
+        "field": {
+            name: dict(zip(("forward", "backward", "recompute", "total"), row, strict=True))
+            for name, row in FIELD.items()
+        },
+    }
+
+
+def print_table(report: dict[str, Any]) -> None:
+    print(
+        f"Counted bytes per token and sublayer in units of C (C = {report['channels']}, {report['dtype']})\n"
+    )
+    print(f"{'kernel':18}{'phase':11}{'loaded':>8}{'stored':>8}{'streams':>9}{'requested':>11}")
+    for row in report["kernels"]:
+        requested = row["requested_loaded"] + row["requested_stored"]
+        print(
+            f"{row['name']:18}{row['phase']:11}{row['loaded']:8.2f}{row['stored']:8.2f}{row['streams']:9.2f}"
+            f"{requested:11.2f}"
+        )
+    for phase, operations in report["torch_operations"].items():
+        for name, moved in operations.items():
+            print(f"torch {name:23}{phase:11}{moved:8.2f}")
+    print(f"\n{'':32}{'forward':>9}{'backward':>10}{'recompute':>11}{'total':>8}")
+    phases = report["phases"]
+    for label, key in (
+        ("counted, everything", "total"),
+        ("of it streams", "streams"),
+        ("launched in chunks that fit L2", "chunked"),
+    ):
+        numbers = [phases[name][key] for name in ("forward", "backward", "recompute")]
+        print(f"{label:32}{numbers[0]:9.2f}{numbers[1]:10.2f}{numbers[2]:11.2f}{sum(numbers):8.2f}")
+    print("read from the source of others (streams only, without the RMSNorm that is part of ours):")
+    for name, row in report["field"].items():
+        cells = [row[key] for key in ("forward", "backward", "recompute", "total")]
+        print(
+            f"{name:32}"
+            + "".join(
+                f"{'-' if c is None else f'{c:.0f}':>{w}}" for c, w in zip(cells, (9, 10, 11, 8), strict=True)
+            )
+        )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--channels", type=int, default=1280)
+    parser.add_argument("--streams", type=int, default=4)
+    parser.add_argument("--mixing", choices=[str(mixing) for mixing in Mixing], default=str(Mixing.SINKHORN))
+    parser.add_argument("--dtype", choices=["bf16", "fp32"], default="bf16")
+    parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
+    arguments = parser.parse_args()
+    spec = ConnectionSpec(num_streams=arguments.streams, mixing=Mixing(arguments.mixing))
+    dtype = torch.bfloat16 if arguments.dtype == "bf16" else torch.float32
+    report = measure(arguments.channels, spec, dtype)
+    if arguments.json:
+        print(json.dumps(report, indent=2))
+    else:
+        print_table(report)
+
+
+if __name__ == "__main__":
+    if os.environ.get("TRITON_INTERPRET") != "1":
+        # Triton decides at import; start over with the interpreter.
+        os.execve(
+            sys.executable,
+            [sys.executable, "-m", "mhc_kernels.traffic", *sys.argv[1:]],
+            os.environ | {"TRITON_INTERPRET": "1"},
+        )
+    main()
