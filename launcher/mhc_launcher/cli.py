@@ -16,6 +16,7 @@ import typer
 from mhc_dist.config import RunConfig, dump_config, load_config
 from mhc_dist.guard.exit_codes import ExitCode
 from mhc_launcher.commands_data import data_app
+from mhc_launcher.commands_schedule import plan_command, schedule_command
 
 app = typer.Typer(
     help="Train Manifold-Constrained Hyper-Connection mixture-of-experts models.",
@@ -72,6 +73,10 @@ def train(
     from mhc_launcher.local import train_here
 
     raise typer.Exit(train_here(_load(path, overrides), master_port))
+
+
+app.command("schedule")(schedule_command)
+app.command("plan")(plan_command)
 
 
 def main() -> None:

@@ -55,6 +55,8 @@ def test_params_ends_with_one_json_object(
         (["config", "absent.yaml"], ["absent.yaml", "no such file"]),
         (["config", TINY, "--set", "train.stepz=3"], ["train.stepz", "Did you mean train.steps?"]),
         (["params", TINY, "--set", "parallel.expert=3"], ["parallel.expert=3", "parallel.data=2"]),
+        (["schedule", "dualpipe9"], ["dualpipe9", "dualpipev", "1f1b"]),
+        (["schedule", "dualpipev", "--ranks", "4", "--microbatches", "3"], ["num_microbatches=3", "8"]),
         (["train", TINY, "--set", "model.num_layers=2"], ["model.num_layers=2", "4 chunks"]),
         (["train", TINY, "--set", "data.corpus=/absent/folder"], ["/absent/folder", "does not exist"]),
         (["train", TINY, "--set", "model.vocab_size=100"], ["model.vocab_size=100", "256"]),
@@ -127,7 +129,7 @@ def test_commands_without_training_need_no_torch() -> None:
     code = f"""
 import contextlib, io, sys
 from mhc_launcher.cli import app
-for arguments in (["config", {TINY!r}], ["params", {TINY!r}, "--json"], ["--help"]):
+for arguments in (["config", {TINY!r}], ["params", {TINY!r}, "--json"], ["schedule", "zbv"], ["--help"]):
     with contextlib.redirect_stdout(io.StringIO()):
         app(arguments, standalone_mode=False)
 sys.exit(", ".join({{"torch", "numpy", "deepspeed"}} & set(sys.modules)) or 0)
