@@ -154,8 +154,8 @@ def describe(config: RunConfig, programs: RunPrograms, corpus: str, device: torc
         f"{config.num_processes} processes: pipeline {sizes.pipeline} x data {sizes.data}, experts over"
         f" {sizes.expert}; {config.schedule.name} with {config.schedule.num_microbatches} microbatches;"
         f" {len(layers)} chunks of {layers} layers on ranks {list(programs.training.chunk_rank)}\n"
-        f"{config.residual.kind} with {config.residual.num_streams} streams, {config.kernels.backend} kernels,"
-        f" {config.train.precision} on {device.type}, recompute {config.recompute.mode}\n"
+        f"{config.residual.kind} with {config.residual.num_streams} streams, {config.kernels.backend}"
+        f" kernels, {config.train.precision} on {device.type}, recompute {config.recompute.mode}\n"
         f"{corpus}"
     )
 
