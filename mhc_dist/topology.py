@@ -15,7 +15,7 @@ Example, pipeline = 2, data = 4, expert = 2 (eight processes):
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 
 
@@ -127,10 +127,17 @@ class Topology:
     def all_expert_data_groups(self) -> tuple[tuple[int, ...], ...]:
         return self._distinct(lambda place: place.expert_data_group_ranks)
 
-    def all_channels(self) -> tuple[tuple[int, int], ...]:
-        """Ordered pairs (source, destination) of pipeline neighbours."""
+    def all_channels(self, links: Iterable[tuple[int, int]] | None = None) -> tuple[tuple[int, int], ...]:
+        """Ordered pairs (source, destination) of ranks for `links` between pipeline ranks, in every column.
+
+        By default the links of a line: each pipeline rank with the next, both ways.
+        """
+        if links is None:
+            links = [(a, b) for a in range(self.pipeline) for b in (a - 1, a + 1) if 0 <= b < self.pipeline]
         return tuple(
-            (rank, peer) for rank in range(self.world_size) for peer in self.at(rank).neighbour_ranks
+            (self.rank_of(a, column), self.rank_of(b, column))
+            for column in range(self.data)
+            for a, b in links
         )
 
     def _distinct(self, group_of: Callable[[Topology], tuple[int, ...]]) -> tuple[tuple[int, ...], ...]:

@@ -66,7 +66,7 @@ def train(config: RunConfig, place: RankEnvironment, device: torch.device, watch
     topology = Topology(sizes.pipeline, sizes.data, sizes.expert, place.rank)
     topology.check_world_size(place.world_size)
     programs = plan_run(config)
-    groups = ProcessGroups.build(topology, config.train.timeout_seconds)
+    groups = ProcessGroups.build(topology, config.train.timeout_seconds, programs.training.links)
     tokens = open_tokens(config.data, default_cache_folder())
     check_agreement(run_facts(config, programs, tokens.fingerprint), groups.control)
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import datetime
 import os
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Literal, Protocol
 
@@ -138,8 +138,15 @@ class ProcessGroups:
     control: dist.ProcessGroup
 
     @staticmethod
-    def build(topology: Topology, timeout_seconds: float = 60.0) -> ProcessGroups:
-        """Collective over the world. Raises ValueError when topology and world do not fit together."""
+    def build(
+        topology: Topology,
+        timeout_seconds: float = 60.0,
+        links: Iterable[tuple[int, int]] | None = None,
+    ) -> ProcessGroups:
+        """Collective over the world. Raises ValueError when topology and world do not fit together.
+
+        links: pairs of pipeline ranks that exchange messages (`Program.links`); by default, neighbours.
+        """
         topology.check()
         topology.check_world_size(dist.get_world_size())
         if topology.rank != dist.get_rank():
@@ -154,7 +161,7 @@ class ProcessGroups:
         expert_backward = create_group(experts, rank, timeout_seconds)
         data = create_group(topology.all_data_groups(), rank, timeout_seconds)
         channels: dict[tuple[int, int], dist.ProcessGroup] = {}
-        for pair in topology.all_channels():
+        for pair in topology.all_channels(links):
             group = dist.new_group(list(pair), timeout=timeout)
             if rank in pair:
                 channels[pair] = group

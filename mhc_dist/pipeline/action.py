@@ -180,6 +180,20 @@ class Program:
     def layout(self) -> Layout:
         return Layout(self.chunk_rank, self.num_microbatches, self.num_copies)
 
+    @property
+    def links(self) -> tuple[tuple[int, int], ...]:
+        """Ordered pairs (source, destination) of pipeline ranks that exchange messages."""
+        return tuple(
+            sorted(
+                {
+                    (rank, action.peer)
+                    for rank, actions in enumerate(self.actions)
+                    for action in actions
+                    if action.kind is ActionKind.SEND and action.peer is not None
+                }
+            )
+        )
+
     def text(self) -> str:
         """One action a line, rank by rank: what golden files hold and what the digest covers."""
         lines = [

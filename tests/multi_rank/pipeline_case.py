@@ -94,8 +94,8 @@ def rank_gradients(rank: int, config: RunConfig) -> Gradients:
     """One step on this rank; gradients as autograd left them, not yet reduced over data ranks."""
     sizes = config.parallel
     topology = Topology(sizes.pipeline, sizes.data, sizes.expert, rank)
-    groups = ProcessGroups.build(topology)
     program = make_program(config)
+    groups = ProcessGroups.build(topology, links=program.links)
     stage = build_stage(config, program, topology, groups)
     executor = Executor(topology.pipeline_rank, stage.by_index, make_transport(config, topology, groups))
     output = executor.run(program, own_microbatches(config, topology), NoStep())

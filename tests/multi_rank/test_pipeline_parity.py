@@ -1,8 +1,12 @@
-"""Oracle: the single-device model. Every topology and schedule must give its loss and its gradients."""
+"""Oracle: the single-device model. Every schedule must give its loss and its gradients.
+
+`test_training_parity` covers 1f1b and dualpipev over all topologies, optimizer included; here are the others.
+"""
 
 from __future__ import annotations
 
 import pytest
+import torch
 
 from mhc_dist.config import RunConfig
 from tests.multi_rank.harness import run_ranks
@@ -22,9 +26,18 @@ def parity_config(topology: tuple[int, int, int], schedule: str, kind: str, **mo
     )
 
 
-@pytest.mark.parametrize("kind", ["residual", "mhc"])
-@pytest.mark.parametrize("schedule", ["1f1b", "dualpipev"])
-@pytest.mark.parametrize("topology", TOPOLOGIES, ids=lambda t: "x".join(map(str, t)))
+@pytest.mark.parametrize(
+    ("kind", "schedule"),
+    [
+        ("mhc", "gpipe"),
+        ("mhc", "interleaved"),
+        ("mhc", "zb1p"),
+        ("mhc", "zbv"),
+        ("hc", "zbv"),
+        ("identity", "zbv"),
+    ],
+)
+@pytest.mark.parametrize("topology", [(2, 2, 2), (4, 1, 1)], ids=lambda t: "x".join(map(str, t)))
 def test_gradients_equal_single_device(topology: tuple[int, int, int], schedule: str, kind: str) -> None:
     config = parity_config(topology, schedule, kind)
     world = topology[0] * topology[1]
@@ -32,13 +45,9 @@ def test_gradients_equal_single_device(topology: tuple[int, int, int], schedule:
     want = oracle_gradients(config)
     assert got.loss == pytest.approx(want.loss, rel=1e-6)
     assert got.by_name.keys() == want.by_name.keys()
-    worst = {
-        name: ((gradient - want.by_name[name].double()).norm() / want.by_name[name].norm().double()).item()
-        for name, gradient in got.by_name.items()
-        if want.by_name[name].norm() > 0
-    }
-    name = max(worst, key=worst.__getitem__)
-    assert worst[name] < 1e-5, f"{name}: {worst[name]:.2e}"
+    total = torch.stack([gradient.norm() for gradient in want.by_name.values()]).norm().item()
     for name, gradient in want.by_name.items():
-        if gradient.norm() == 0:
-            assert got.by_name[name].abs().max() == 0, f"{name}: the oracle's gradient is zero"
+        error = (got.by_name[name] - gradient.double()).norm().item()
+        # Some gradients are zero but for rounding: hc's streams are equal at the start, so its head's scale
+        # has none. The second term is the rounding of a backward pass.
+        assert error < 1e-5 * gradient.norm().item() + 1e-8 * total, f"{name}: {error:.2e}"
