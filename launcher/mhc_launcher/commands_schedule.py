@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from fractions import Fraction
 from pathlib import Path
 from typing import Annotated
@@ -98,23 +99,31 @@ def plan_command(
         list[str] | None,
         typer.Option("--set", metavar="KEY=VALUE", help="Replace a value of the run. May be repeated."),
     ] = None,
+    calibrate: Annotated[
+        Path | None,
+        typer.Option(metavar="TRACE", help="Trace of a run of CONFIG on this cluster: corrects the costs."),
+    ] = None,
     rows: Annotated[int, typer.Option(help="Layouts to print.")] = 10,
     as_json: Annotated[bool, typer.Option("--json", help="End with one JSON object.")] = False,
 ) -> None:
     """Search for the fastest layout of a run on a cluster, and say what mHC costs in it."""
     from mhc_dist.config import load_config
     from mhc_dist.plan.cluster import load_cluster
+    from mhc_dist.plan.machine import Machine
     from mhc_dist.plan.overhead import overhead
     from mhc_dist.plan.report import plan_json, plan_text
+    from mhc_dist.plan.run_costs import calibration_from_trace
     from mhc_dist.plan.search import search
 
     config = load_config(path, overrides or ())
-    found_cluster = load_cluster(cluster)
-    num_devices = found_cluster.num_devices if gpus is None else gpus
+    machine = Machine(load_cluster(cluster))
+    num_devices = machine.cluster.num_devices if gpus is None else gpus
     if num_devices < 1:
         raise ValueError(f"--gpus {num_devices}: at least one is needed.")
-    found = search(config, found_cluster, num_devices)
-    cost = overhead(config, found_cluster, num_devices, found.best[0])
-    typer.echo(plan_text(config, found_cluster, num_devices, found, cost, rows))
+    if calibrate is not None:
+        machine = replace(machine, calibration=calibration_from_trace(config, machine, calibrate))
+    found = search(config, machine, num_devices)
+    cost = overhead(config, machine, num_devices, found.best[0])
+    typer.echo(plan_text(config, machine, num_devices, found, cost, rows))
     if as_json:
         typer.echo(json.dumps(plan_json(found.best[0], cost)))

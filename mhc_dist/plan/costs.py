@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Literal
 
 from mhc_dist.config import ResidualKind, RunConfig
@@ -10,8 +10,9 @@ from mhc_dist.parallel.layout import ChunkPlace, expert_layers
 from mhc_dist.pipeline.action import CHUNK_INPUT, PhaseShape
 from mhc_dist.pipeline.cost import CostTable, ExchangeCost, MessageCost, PhaseCost
 from mhc_dist.plan.charge import Charge
-from mhc_dist.plan.cluster import Cluster, Link
+from mhc_dist.plan.cluster import Link
 from mhc_dist.plan.layout import Layout, Shapes
+from mhc_dist.plan.machine import Machine
 from mhc_dist.plan.static_memory import gradient_seconds, static_bytes
 from mhc_dist.plan.work import (
     Work,
@@ -40,11 +41,12 @@ class _Parts:
 
 
 class CostModel:
-    """Costs of `config` on `cluster`. `plain` runs the same model with the plain residual."""
+    """Costs of `config` on `machine`."""
 
-    def __init__(self, config: RunConfig, cluster: Cluster) -> None:
+    def __init__(self, config: RunConfig, machine: Machine) -> None:
         self.config = config
-        self.cluster = cluster
+        self.cluster = cluster = machine.cluster
+        self.calibration = machine.calibration
         self.num_tokens = config.data.sequence_length * config.data.sequences_per_microbatch
         self.value_bytes = 2 if config.train.precision == "bf16" else 4
         self._precision: Literal["fp32", "bf16"] = config.train.precision
@@ -64,7 +66,7 @@ class CostModel:
                     phases[place.index, item.name] = self._phase(layout, place, item, charge)
                 else:
                     exchanges[place.index, item.name] = self._exchange(layout, item.name)
-        return CostTable(
+        costs = CostTable(
             phases=phases,
             exchanges=exchanges,
             message=self._message(layout, charge),
@@ -72,6 +74,7 @@ class CostModel:
             step_seconds=0.0,
             static_bytes=static_bytes(self.config, layout, shapes, chunk_rank),
         )
+        return costs if self.calibration is None else self.calibration.apply(costs)
 
     def _phase(self, layout: Layout, place: ChunkPlace, shape: PhaseShape, charge: Charge) -> PhaseCost:
         parts = self._parts(place, shape)
@@ -205,7 +208,3 @@ def plain_residual(config: RunConfig) -> RunConfig:
         update={"kind": ResidualKind.RESIDUAL, "num_streams": 1, "reduce": "mean"}
     )
     return config.model_copy(update={"residual": residual})
-
-
-def without_recompute(layout: Layout) -> Layout:
-    return replace(layout, recompute_block=None)

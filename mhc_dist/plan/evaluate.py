@@ -15,9 +15,9 @@ from mhc_dist.pipeline.schedules.registry import make_schedule
 from mhc_dist.pipeline.simulate import Simulation
 from mhc_dist.pipeline.summary import Summary, summarize
 from mhc_dist.plan.charge import Charge
-from mhc_dist.plan.cluster import Cluster
 from mhc_dist.plan.costs import CostModel
 from mhc_dist.plan.layout import Layout, chunk_shapes
+from mhc_dist.plan.machine import Machine
 
 
 @dataclass(frozen=True)
@@ -49,30 +49,25 @@ class Planned:
     simulation: Simulation
 
 
-def memory_budget(cluster: Cluster) -> int:
-    """Bytes a rank may use."""
-    return int(cluster.device.memory_bytes.value * cluster.device.usable_memory.value)
-
-
 @lru_cache(maxsize=512)
 def cached_schedule(name: str, num_ranks: int, num_microbatches: int) -> CoarseSchedule:
     return make_schedule(name, num_ranks, num_microbatches)
 
 
-def build(config: RunConfig, cluster: Cluster, layout: Layout, charge: Charge | None = None) -> Planned:
+def build(config: RunConfig, machine: Machine, layout: Layout, charge: Charge | None = None) -> Planned:
     """Place and simulate one step of `layout`."""
     schedule = cached_schedule(layout.schedule, layout.pipeline, layout.num_microbatches)
     num_chunks = len(schedule.chunk_rank) // schedule.num_copies
     shapes = chunk_shapes(config, num_chunks, layout.recompute_block)
-    costs = CostModel(config, cluster).table(layout, shapes, schedule.chunk_rank, charge)
-    placement = Placement(memory_budget=memory_budget(cluster))
+    costs = CostModel(config, machine).table(layout, shapes, schedule.chunk_rank, charge)
+    placement = Placement(memory_budget=machine.memory_budget)
     program = place(schedule, shapes.chunks, costs, placement)
     return Planned(schedule, costs, program, Simulation(program, costs))
 
 
-def evaluate(config: RunConfig, cluster: Cluster, layout: Layout, charge: Charge | None = None) -> Evaluation:
+def evaluate(config: RunConfig, machine: Machine, layout: Layout, charge: Charge | None = None) -> Evaluation:
     """Figures of one step of `layout`."""
-    planned = build(config, cluster, layout, charge)
+    planned = build(config, machine, layout, charge)
     summary = summarize(planned.simulation)
     tokens = (
         layout.data
@@ -80,7 +75,7 @@ def evaluate(config: RunConfig, cluster: Cluster, layout: Layout, charge: Charge
         * config.data.sequences_per_microbatch
         * config.data.sequence_length
     )
-    peak = cluster.matmul_rate(config.train.precision) * layout.num_devices
+    peak = machine.cluster.matmul_rate(config.train.precision) * layout.num_devices
     return Evaluation(
         layout=layout,
         summary=summary,

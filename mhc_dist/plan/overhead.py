@@ -15,9 +15,9 @@ from dataclasses import dataclass
 
 from mhc_dist.config import RunConfig
 from mhc_dist.plan.charge import Charge
-from mhc_dist.plan.cluster import Cluster
 from mhc_dist.plan.costs import plain_residual
 from mhc_dist.plan.evaluate import Evaluation, evaluate
+from mhc_dist.plan.machine import Machine
 from mhc_dist.plan.search import same_layout, search
 
 
@@ -42,18 +42,18 @@ class Overhead:
         return max(self.breakdown, key=lambda name: self.breakdown[name])
 
 
-def overhead(config: RunConfig, cluster: Cluster, num_devices: int, chosen: Evaluation) -> Overhead:
+def overhead(config: RunConfig, machine: Machine, num_devices: int, chosen: Evaluation) -> Overhead:
     """Compare `chosen` (of `config`) with the plain residual on the same devices."""
     plain_config = plain_residual(config)
     layout = chosen.layout
-    in_layout = evaluate(plain_config, cluster, same_layout(layout))
+    in_layout = evaluate(plain_config, machine, same_layout(layout))
     best_plain = min(
-        search(plain_config, cluster, num_devices).best[0], in_layout, key=lambda e: e.step_seconds
+        search(plain_config, machine, num_devices).best[0], in_layout, key=lambda e: e.step_seconds
     )
     steps = [
         in_layout.step_seconds,
-        evaluate(config, cluster, layout, Charge(True, False, False)).step_seconds,
-        evaluate(config, cluster, layout, Charge(True, True, False)).step_seconds,
+        evaluate(config, machine, layout, Charge(True, False, False)).step_seconds,
+        evaluate(config, machine, layout, Charge(True, True, False)).step_seconds,
         chosen.step_seconds,
     ]
     base = best_plain.step_seconds

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from mhc_dist.config import RunConfig
-from mhc_dist.plan.cluster import Cluster
-from mhc_dist.plan.evaluate import Evaluation, memory_budget
+from mhc_dist.plan.evaluate import Evaluation
+from mhc_dist.plan.machine import Machine
 from mhc_dist.plan.overhead import Overhead
 from mhc_dist.plan.search import Search
 
@@ -80,13 +80,14 @@ def overhead_text(config: RunConfig, overhead: Overhead) -> str:
 
 
 def plan_text(
-    config: RunConfig, cluster: Cluster, num_devices: int, found: Search, overhead: Overhead, rows: int
+    config: RunConfig, machine: Machine, num_devices: int, found: Search, overhead: Overhead, rows: int
 ) -> str:
     """The whole plan, every assumption included."""
+    cluster = machine.cluster
     device = cluster.device
     parts = [
         f"{num_devices} x {device.name} on {cluster.name}: {found.num_layouts} layouts possible,"
-        f" {found.num_fitting} may fit {memory_budget(cluster) / 1e9:.1f} GB, {len(found.best)} simulated",
+        f" {found.num_fitting} may fit {machine.memory_budget / 1e9:.1f} GB, {len(found.best)} simulated",
         table(found.best[:rows]),
         overhead_text(config, overhead),
         "assumptions:\n" + "\n".join(f"  {line}" for line in ASSUMPTIONS),

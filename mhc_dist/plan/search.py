@@ -10,10 +10,10 @@ from mhc_dist.config import ResidualKind, RunConfig
 from mhc_dist.pipeline.schedules.coarse import CoarseSchedule
 from mhc_dist.pipeline.schedules.registry import SCHEDULES
 from mhc_dist.pipeline.unit_costs import peak_live
-from mhc_dist.plan.cluster import Cluster
 from mhc_dist.plan.costs import CostModel
-from mhc_dist.plan.evaluate import Evaluation, cached_schedule, evaluate, memory_budget
+from mhc_dist.plan.evaluate import Evaluation, cached_schedule, evaluate
 from mhc_dist.plan.layout import Layout, best_block, chunk_shapes
+from mhc_dist.plan.machine import Machine
 
 NUM_SIMULATED = 12
 """Layouts that are placed and simulated; the others are ruled out by their estimate. Every schedule gets at
@@ -90,23 +90,23 @@ def divisors(number: int) -> list[int]:
 
 
 def search(
-    config: RunConfig, cluster: Cluster, num_devices: int, schedules: tuple[str, ...] = PLANNED_SCHEDULES
+    config: RunConfig, machine: Machine, num_devices: int, schedules: tuple[str, ...] = PLANNED_SCHEDULES
 ) -> Search:
     """The fastest layouts that fit. ValueError if none is possible, NothingFitsError if none fits."""
-    estimates = estimate_all(config, cluster, num_devices, schedules)
+    estimates = estimate_all(config, machine, num_devices, schedules)
     if not estimates:
         raise ValueError(impossible(config, num_devices))
-    budget = memory_budget(cluster)
+    budget = machine.memory_budget
     # Estimates leave out placement's choices; anything near the budget is decided by simulation.
     fitting = [e for e in estimates if e.peak_bytes <= 1.1 * budget]
     evaluations = [
         found
         for group in promising(fitting)
-        if (found := first_that_fits(config, cluster, group)) is not None
+        if (found := first_that_fits(config, machine, group)) is not None
     ]
     best = sorted(evaluations, key=lambda e: (e.step_seconds, str(e.layout)))
     if not best:
-        raise NothingFitsError(nothing_fits(config, cluster, num_devices, estimates, schedules))
+        raise NothingFitsError(nothing_fits(config, machine, num_devices, estimates, schedules))
     return Search(tuple(best), len(estimates), len(fitting))
 
 
@@ -122,20 +122,20 @@ def promising(estimates: list[Estimate]) -> list[list[Estimate]]:
     return [groups[layout] for layout in chosen]
 
 
-def first_that_fits(config: RunConfig, cluster: Cluster, group: list[Estimate]) -> Evaluation | None:
+def first_that_fits(config: RunConfig, machine: Machine, group: list[Estimate]) -> Evaluation | None:
     """Recomputing more never makes a step faster, so the first member within memory is the best one."""
     for member in group:
-        evaluation = evaluate(config, cluster, member.layout)
-        if evaluation.peak_bytes <= memory_budget(cluster):
+        evaluation = evaluate(config, machine, member.layout)
+        if evaluation.peak_bytes <= machine.memory_budget:
             return evaluation
     return None
 
 
 def estimate_all(
-    config: RunConfig, cluster: Cluster, num_devices: int, schedules: tuple[str, ...]
+    config: RunConfig, machine: Machine, num_devices: int, schedules: tuple[str, ...]
 ) -> list[Estimate]:
     """Estimates of all possible layouts."""
-    model = CostModel(config, cluster)
+    model = CostModel(config, machine)
     return [estimate(config, model, layout) for layout in possible_layouts(config, num_devices, schedules)]
 
 
@@ -199,21 +199,21 @@ def impossible(config: RunConfig, num_devices: int) -> str:
 
 def nothing_fits(
     config: RunConfig,
-    cluster: Cluster,
+    machine: Machine,
     num_devices: int,
     estimates: list[Estimate],
     schedules: tuple[str, ...],
 ) -> str:
     """By how much the smallest layout misses, and the smallest number of devices whose layouts fit."""
-    budget = memory_budget(cluster)
+    budget = machine.memory_budget
     smallest = min(estimates, key=lambda e: (e.peak_bytes, e.seconds))
     text = (
         f"no layout of {num_devices} devices fits: the smallest, {smallest.layout}, needs"
         f" {smallest.peak_bytes / 1e9:.1f} GB of the {budget / 1e9:.1f} GB usable on one"
-        f" {cluster.device.name}, {(smallest.peak_bytes - budget) / 1e9:.1f} GB too much."
+        f" {machine.cluster.device.name}, {(smallest.peak_bytes - budget) / 1e9:.1f} GB too much."
     )
     for factor in range(2, 65):
-        larger = estimate_all(config, cluster, num_devices * factor, schedules)
+        larger = estimate_all(config, machine, num_devices * factor, schedules)
         fitting = [e for e in larger if e.peak_bytes <= budget]
         if fitting:
             nearest = min(fitting, key=lambda e: (e.seconds, e.peak_bytes))

@@ -1,0 +1,50 @@
+"""Costs, programs and calibration of a run exactly as its configuration lays it out. Imports no torch."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from mhc_dist.config import RunConfig
+from mhc_dist.pipeline.action import Layout as ProgramLayout
+from mhc_dist.pipeline.calibrate import calibrate
+from mhc_dist.pipeline.cost import CostTable
+from mhc_dist.pipeline.perfetto import read_events
+from mhc_dist.plan.calibration import Calibration, compare
+from mhc_dist.plan.costs import CostModel
+from mhc_dist.plan.evaluate import cached_schedule
+from mhc_dist.plan.layout import Layout, chunk_shapes
+from mhc_dist.plan.machine import Machine
+
+
+def layout_of(config: RunConfig, recompute_block: int | None = None) -> Layout:
+    """The layout that the configuration itself asks for."""
+    parallel, schedule = config.parallel, config.schedule
+    return Layout(
+        schedule.name,
+        parallel.pipeline,
+        parallel.expert,
+        parallel.data,
+        schedule.num_microbatches,
+        recompute_block,
+    )
+
+
+def run_costs(config: RunConfig, machine: Machine, recompute_block: int | None = None) -> CostTable:
+    """Predicted costs of the run's own chunks."""
+    layout = layout_of(config, recompute_block)
+    schedule = cached_schedule(layout.schedule, layout.pipeline, layout.num_microbatches)
+    num_chunks = len(schedule.chunk_rank) // schedule.num_copies
+    shapes = chunk_shapes(config, num_chunks, recompute_block)
+    return CostModel(config, machine).table(layout, shapes, schedule.chunk_rank)
+
+
+def calibration_from_trace(config: RunConfig, machine: Machine, trace: Path) -> Calibration:
+    """Measured over predicted, from a trace of this very run (one data rank of every pipeline rank)."""
+    if not trace.is_file():
+        raise ValueError(f"no trace file {trace}.")
+    predicted = run_costs(config, machine)
+    schedule = cached_schedule(
+        config.schedule.name, config.parallel.pipeline, config.schedule.num_microbatches
+    )
+    layout = ProgramLayout(schedule.chunk_rank, schedule.num_microbatches, schedule.num_copies)
+    return compare(predicted, calibrate(predicted, read_events(trace), layout))
