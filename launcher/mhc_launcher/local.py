@@ -122,6 +122,8 @@ def environment(num_processes: int, gpus: Sequence[str]) -> dict[str, str]:
     # gloo asks the host name for an interface, which need not resolve; one host only talks to itself.
     if "lo" in (name for _, name in socket.if_nameindex()):
         settings.setdefault("GLOO_SOCKET_IFNAME", "lo")
+    # torch's stores answer a rank's death with stack traces; the ranks themselves say who died.
+    settings.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     # The GPUs are named on the launcher's command line: a second opinion here would make it speak up.
     if gpus:
         settings.pop("CUDA_VISIBLE_DEVICES", None)

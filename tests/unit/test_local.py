@@ -97,10 +97,12 @@ def test_users_settings_survive(monkeypatch: pytest.MonkeyPatch) -> None:
     """Oracle: the variables a user had set before."""
     monkeypatch.setenv("OMP_NUM_THREADS", "3")
     monkeypatch.setenv("GLOO_SOCKET_IFNAME", "eth7")
+    monkeypatch.setenv("TORCH_CPP_LOG_LEVEL", "INFO")
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "2,3")
     on_cpu, on_gpu = environment(2, []), environment(2, ["2", "3"])
     assert {on_cpu["OMP_NUM_THREADS"], on_gpu["OMP_NUM_THREADS"]} == {"3"}
     assert {on_cpu["GLOO_SOCKET_IFNAME"], on_gpu["GLOO_SOCKET_IFNAME"]} == {"eth7"}
+    assert {on_cpu["TORCH_CPP_LOG_LEVEL"], on_gpu["TORCH_CPP_LOG_LEVEL"]} == {"INFO"}
     assert (on_cpu["DS_ACCELERATOR"], on_cpu["CUDA_VISIBLE_DEVICES"]) == ("cpu", "")
     assert "CUDA_VISIBLE_DEVICES" not in on_gpu
 
