@@ -1,0 +1,238 @@
+"""The planner: published counts and formulas as oracles for its parts, by-hand figures, bad input."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from functools import cache
+from pathlib import Path
+
+import pytest
+
+from mhc_dist.config import RunConfig, load_config
+from mhc_dist.model.count import count_parameters
+from mhc_dist.model.flops import (
+    attention_flops_per_token,
+    feed_forward_flops_per_token,
+    head_flops_per_token,
+    model_flops_per_token,
+)
+from mhc_dist.pipeline.schedules.registry import make_schedule
+from mhc_dist.pipeline.validate import validate
+from mhc_dist.plan.charge import Charge
+from mhc_dist.plan.cluster import load_cluster
+from mhc_dist.plan.costs import CostModel, plain_residual
+from mhc_dist.plan.evaluate import build, evaluate
+from mhc_dist.plan.layout import Layout, best_block, chunk_shapes
+from mhc_dist.plan.machine import Machine
+from mhc_dist.plan.overhead import overhead
+from mhc_dist.plan.report import plan_json, plan_text
+from mhc_dist.plan.run_costs import calibration_from_trace
+from mhc_dist.plan.search import NothingFitsError, possible_layouts, search
+from mhc_dist.plan.static_memory import held_by_rank
+from mhc_dist.plan.work import (
+    attention_work,
+    connection_work,
+    dense_work,
+    experts_work,
+    head_work,
+    routing_work,
+    shared_work,
+)
+
+CONFIGS = Path(__file__).parents[3] / "configs"
+
+
+@cache
+def config_of(name: str, *overrides: str) -> RunConfig:
+    return load_config(CONFIGS / f"{name}.yaml", list(overrides))
+
+
+@cache
+def machine_of(name: str) -> Machine:
+    return Machine(load_cluster(name, CONFIGS / "clusters"))
+
+
+LAYOUT = Layout("dualpipev", 4, 8, 128, 10)
+
+
+@pytest.mark.parametrize("path", sorted((CONFIGS / "clusters").glob("*.yaml")), ids=lambda p: p.stem)
+def test_every_constant_has_a_source(path: Path) -> None:
+    """Oracle: the rule that no number stands without where it comes from."""
+    cluster = load_cluster(str(path))
+    assert cluster.name == path.stem
+    assert all(len(constant.source) >= 10 for _, constant in cluster.constants())
+
+
+def test_operations_agree_with_the_models_own_count() -> None:
+    """Oracle: `model.flops`, written independently for the partition and for MFU."""
+    config = config_of("paper_27b")
+    attention = attention_work(config)
+    assert attention.linear + attention.scores == pytest.approx(attention_flops_per_token(config))
+    assert dense_work(config.model).linear == feed_forward_flops_per_token(config, 0)
+    experts = experts_work(config).linear + shared_work(config).linear + routing_work(config).linear
+    assert experts == feed_forward_flops_per_token(config, 5)
+    assert head_work(config).linear == head_flops_per_token(config)
+
+
+def test_connection_rows_of_four_streams() -> None:
+    """Oracle: the kernel notes' rows per token and sublayer: 14 forward, 24 backward, 6 recomputed."""
+    work = connection_work(config_of("paper_27b"))
+    assert (work.cross, work.cross_backward, work.recompute) == (14, 24, 6)
+
+
+@pytest.mark.parametrize("name", ["dualpipev", "1f1b"])
+@pytest.mark.parametrize("config_name", ["paper_3b", "paper_27b"])
+def test_phases_cover_the_whole_model(config_name: str, name: str) -> None:
+    """Oracle: whole-model counts. All phases of all chunks do the model's operations, once each."""
+    config = config_of(config_name)
+    machine = machine_of("h800")
+    device = machine.cluster.device
+    # Only matrices cost anything here.
+    fast = device.model_copy(
+        update={
+            "memory_bytes_per_second": device.memory_bytes.model_copy(update={"value": 1e30}),
+            "attention_efficiency": device.matmul_efficiency,
+        }
+    )
+    model = CostModel(config, Machine(machine.cluster.model_copy(update={"device": fast})))
+    schedule = make_schedule(name, 4, 16)
+    shapes = chunk_shapes(config, len(schedule.chunk_rank), None)
+    layout = Layout(name, 4, 1, 1, 16)
+    costs = model.table(layout, shapes, schedule.chunk_rank, Charge(kernels=False))
+    rate = 9.894e14 * device.matmul_efficiency.value
+    forward = sum(phase.forward for phase in costs.phases.values()) * rate
+    assert forward / model.num_tokens == pytest.approx(
+        model_flops_per_token(plain_residual(config)) / 3, rel=1e-3
+    )
+
+
+def test_static_memory_holds_every_parameter_once() -> None:
+    """Oracle: the parameter count. With one expert group of one, ranks together hold the model."""
+    config = config_of("paper_27b")
+    schedule = make_schedule("dualpipev", 4, 8)
+    shapes = chunk_shapes(config, 8, None)
+    held = held_by_rank(config, Layout("dualpipev", 4, 1, 1, 8), shapes, schedule.chunk_rank)
+    assert sum(h.shared + h.experts for h in held) == pytest.approx(count_parameters(config).total)
+
+
+def test_block_length_follows_the_formula() -> None:
+    """Oracle: brute force over n ceil(L / b) + (n + 2) b, and its continuous optimum sqrt(nL / (n + 2))."""
+    for sublayers in (4, 15, 30, 60):
+        rows = {b: 4 * -(-sublayers // b) + 6 * b for b in range(1, sublayers + 1)}
+        assert rows[best_block(sublayers, 4)] == min(rows.values())
+    assert abs(best_block(60, 4) - (4 * 60 / 6) ** 0.5) < 1.5
+
+
+def test_plan_of_the_27b_model_on_64_h800_nodes() -> None:
+    """Oracle: the published overhead, 6.7% at n = 4, as an upper bound; and that parts add up."""
+    config, machine = config_of("paper_27b"), machine_of("h800")
+    found = search(config, machine, 512)
+    best = found.best[0]
+    cost = overhead(config, machine, 512, best)
+    assert best.peak_bytes <= machine.memory_budget
+    assert 0.0 < cost.ratio <= 0.067
+    assert sum(cost.breakdown.values()) == pytest.approx(cost.ratio)
+    assert cost.breakdown["kernels"] > 0
+    assert cost.breakdown["p2p"] > 0
+    assert all(e.step_seconds >= best.step_seconds for e in found.best)
+    content = plan_json(best, cost)
+    assert {
+        "step_seconds", "overhead_ratio", "overhead_breakdown", "bubble_ratio", "exposed_all_to_all_ratio",
+        "peak_memory_bytes", "schedule", "pipeline", "expert", "data", "recompute_block",
+    } <= content.keys()  # fmt: skip
+    text = plan_text(config, machine, 512, found, cost, 3)
+    assert all(name in text for name, _ in machine.cluster.constants())
+    assert "assumptions:" in text
+
+
+def test_planned_programs_are_safe() -> None:
+    """Oracle: the validator, on what the planner simulates."""
+    config, machine = config_of("paper_27b"), machine_of("h800")
+    for layout in (LAYOUT, replace(LAYOUT, recompute_block=4), replace(LAYOUT, schedule="zbv")):
+        validate(build(config, machine, layout).program)
+
+
+def test_recompute_trades_time_for_memory() -> None:
+    """Oracle: the formula's saving: with whole-chunk blocks almost all (n + 2) rows per sublayer go."""
+    config, machine = config_of("paper_27b"), machine_of("h800")
+    kept = evaluate(config, machine, LAYOUT)
+    dropped = evaluate(config, machine, replace(LAYOUT, recompute_block=4))
+    assert dropped.peak_bytes < kept.peak_bytes
+    assert dropped.step_seconds >= kept.step_seconds
+    assert dropped.summary.recompute_seconds > 0
+    # A rank holds about P + 1/2 microbatches of two chunks of about four layers, two sublayers each.
+    row = 4096 * 2560 * 2
+    most = 4.5 * 2 * 8 * 6 * row
+    assert 0.4 * most < kept.peak_bytes - dropped.peak_bytes < most
+
+
+def test_overhead_is_zero_without_hyper_connections() -> None:
+    """Oracle: a model compared with itself."""
+    config = plain_residual(config_of("paper_27b"))
+    machine = machine_of("h800")
+    cost = overhead(config, machine, 512, evaluate(config, machine, LAYOUT))
+    assert cost.ratio_in_same_layout == pytest.approx(0.0, abs=1e-12)
+    assert cost.breakdown["kernels"] == cost.breakdown["p2p"] == cost.breakdown["recompute"] == 0.0
+
+
+def test_layouts_keep_the_batch_and_divide_the_experts() -> None:
+    """Oracle: arithmetic on every layout."""
+    config = config_of("paper_27b")
+    layouts = list(possible_layouts(config, 512, ("1f1b", "dualpipev", "zbv")))
+    assert layouts
+    for layout in layouts:
+        assert layout.data * layout.num_microbatches == 1280
+        assert layout.pipeline * layout.data == 512
+        assert config.model.num_experts % layout.expert == 0
+        assert layout.data % layout.expert == 0
+
+
+def test_memory_that_cannot_fit_names_the_shortage_and_a_remedy() -> None:
+    """Oracle: 27B parameters at 6 bytes and more do not fit into 4 times 72 GB with their optimizer."""
+    with pytest.raises(NothingFitsError, match=r"GB too much\. The nearest that does fit: --gpus \d+"):
+        search(
+            config_of("paper_27b", "schedule.name=1f1b", "schedule.num_microbatches=1"), machine_of("h800"), 4
+        )
+
+
+def test_impossible_number_of_devices_names_another() -> None:
+    """Oracle: by hand. 37 is prime, more than the layers, and does not divide 1280; 40 does."""
+    with pytest.raises(ValueError, match=r"37 devices cannot share a batch of 1280 .*--gpus (32|40)"):
+        search(config_of("paper_27b"), machine_of("h800"), 37)
+
+
+@pytest.mark.parametrize(
+    ("content", "reason"),
+    [
+        ("name: x\n", "device: Field required"),
+        ("a: b: c\n", "is not YAML"),
+        ("- 1\n", "does not describe a cluster"),
+    ],
+)
+def test_malformed_cluster_files(content: str, reason: str, tmp_path: Path) -> None:
+    """Oracle: the reason written here by hand."""
+    path = tmp_path / "x.yaml"
+    path.write_text(content)
+    with pytest.raises(ValueError, match=reason):
+        load_cluster(str(path))
+
+
+def test_bad_cluster_numbers_and_names() -> None:
+    """Oracle: the reason written here by hand."""
+    with pytest.raises(ValueError, match=r"Known clusters in .*: b200, h100, h800, laptop"):
+        load_cluster("h9000", CONFIGS / "clusters")
+
+
+def test_negative_bandwidth_is_refused(tmp_path: Path) -> None:
+    """Oracle: the reason written here by hand."""
+    text = (CONFIGS / "clusters" / "h800.yaml").read_text().replace("value: 1.6e+11", "value: -1.0")
+    path = tmp_path / "bad.yaml"
+    path.write_text(text)
+    with pytest.raises(ValueError, match=r"node_link\.bytes_per_second\.value: Input should be greater"):
+        load_cluster(str(path))
+
+
+def test_missing_trace_is_refused(tmp_path: Path) -> None:
+    """Oracle: the reason written here by hand."""
+    with pytest.raises(ValueError, match="no trace file"):
+        calibration_from_trace(config_of("paper_27b"), machine_of("h800"), tmp_path / "none.json")
