@@ -123,7 +123,9 @@ class RecomputeConfig(Section):
 
 
 class KernelsConfig(Section):
-    backend: Literal["reference"] = "reference"
+    """Which implementation of the hyper-connection seams runs; the names of `mhc_kernels.seam`."""
+
+    backend: Literal["reference", "cpu", "compiled"] = "cpu"
 
 
 class DataConfig(Section):

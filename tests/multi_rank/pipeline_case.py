@@ -12,7 +12,7 @@ from torch.autograd.graph import get_gradient_edge
 from mhc_dist.config import RunConfig
 from mhc_dist.model.initialize import initialize
 from mhc_dist.model.language_model import LanguageModel
-from mhc_dist.model.moe import Experts
+from mhc_dist.model.moe import Experts, Router
 from mhc_dist.parallel.expert_exchange import ExpertExchange
 from mhc_dist.parallel.layout import chunk_places, chunk_shape
 from mhc_dist.parallel.process_groups import ProcessGroups
@@ -90,13 +90,21 @@ def own_microbatches(config: RunConfig, topology: Topology, step: int = 0) -> li
     return [Microbatch(tokens[first : first + rows], targets[first : first + rows]) for first in firsts]
 
 
-def rank_gradients(rank: int, config: RunConfig) -> Gradients:
+def make_hot(module: torch.nn.Module, experts: tuple[int, ...]) -> None:
+    """Send every token of every layer to `experts`."""
+    for child in module.modules():
+        if isinstance(child, Router):
+            child.bias_E[list(experts)] = 100.0
+
+
+def rank_gradients(rank: int, config: RunConfig, hot_experts: tuple[int, ...] = ()) -> Gradients:
     """One step on this rank; gradients as autograd left them, not yet reduced over data ranks."""
     sizes = config.parallel
     topology = Topology(sizes.pipeline, sizes.data, sizes.expert, rank)
     program = make_program(config)
     groups = ProcessGroups.build(topology, links=program.links)
     stage = build_stage(config, program, topology, groups)
+    make_hot(stage, hot_experts)
     executor = Executor(topology.pipeline_rank, stage.by_index, make_transport(config, topology, groups))
     output = executor.run(program, own_microbatches(config, topology), NoStep())
     loss = torch.stack(output.losses).mean().item() if output.losses else None
@@ -144,9 +152,10 @@ def oracle_model(config: RunConfig) -> LanguageModel:
     return model
 
 
-def oracle_gradients(config: RunConfig) -> Gradients:
+def oracle_gradients(config: RunConfig, hot_experts: tuple[int, ...] = ()) -> Gradients:
     """The single-device model over the same global batch, sequence group by sequence group."""
     model = oracle_model(config)
+    make_hot(model, hot_experts)
     tokens, targets = random_sequences(config)
     rows = config.data.sequences_per_microbatch
     parts = [(tokens[i : i + rows], targets[i : i + rows]) for i in range(0, len(tokens), rows)]

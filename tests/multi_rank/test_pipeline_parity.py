@@ -10,7 +10,7 @@ import torch
 
 from mhc_dist.config import RunConfig
 from tests.multi_rank.harness import run_ranks
-from tests.multi_rank.pipeline_case import merge, oracle_gradients, rank_gradients
+from tests.multi_rank.pipeline_case import Gradients, merge, oracle_gradients, rank_gradients
 from tests.small import small_config
 
 TOPOLOGIES = [(2, 1, 1), (2, 2, 2), (4, 1, 1), (1, 4, 4), (2, 4, 2)]
@@ -40,9 +40,22 @@ def parity_config(topology: tuple[int, int, int], schedule: str, kind: str, **mo
 @pytest.mark.parametrize("topology", [(2, 2, 2), (4, 1, 1)], ids=lambda t: "x".join(map(str, t)))
 def test_gradients_equal_single_device(topology: tuple[int, int, int], schedule: str, kind: str) -> None:
     config = parity_config(topology, schedule, kind)
-    world = topology[0] * topology[1]
-    got = merge(config, run_ranks(world, rank_gradients, config))
-    want = oracle_gradients(config)
+    got = merge(config, run_ranks(config.num_processes, rank_gradients, config))
+    check(got, oracle_gradients(config))
+
+
+@pytest.mark.parametrize("hot_experts", [(0, 1), (3, 7)], ids=["one rank gets all", "two of four ranks"])
+def test_hot_experts_lose_no_token(hot_experts: tuple[int, ...]) -> None:
+    """Oracle: the single-device model with the same routing; the ranks of the other experts get nothing."""
+    config = parity_config((1, 4, 4), "dualpipev", "mhc")
+    got = merge(config, run_ranks(4, rank_gradients, config, hot_experts))
+    want = oracle_gradients(config, hot_experts)
+    idle = [name for name in want.by_name if ".experts." in name and want.by_name[name].norm() == 0]
+    assert len(idle) == 7 * 6 * 2, "6 of 8 experts in 7 layers, two matrices each"
+    check(got, want)
+
+
+def check(got: Gradients, want: Gradients) -> None:
     assert got.loss == pytest.approx(want.loss, rel=1e-6)
     assert got.by_name.keys() == want.by_name.keys()
     total = torch.stack([gradient.norm() for gradient in want.by_name.values()]).norm().item()
