@@ -6,9 +6,12 @@ from pathlib import Path
 
 from mhc_dist.config import RunConfig
 from mhc_dist.pipeline.action import Layout as ProgramLayout
+from mhc_dist.pipeline.action import Program
 from mhc_dist.pipeline.calibrate import calibrate
 from mhc_dist.pipeline.cost import CostTable
 from mhc_dist.pipeline.perfetto import read_events
+from mhc_dist.pipeline.place import Placement, place
+from mhc_dist.pipeline.validate import validate
 from mhc_dist.plan.calibration import Calibration, compare
 from mhc_dist.plan.costs import CostModel
 from mhc_dist.plan.evaluate import cached_schedule
@@ -36,6 +39,25 @@ def run_costs(config: RunConfig, machine: Machine, recompute_block: int | None =
     num_chunks = len(schedule.chunk_rank) // schedule.num_copies
     shapes = chunk_shapes(config, num_chunks, recompute_block)
     return CostModel(config, machine).table(layout, shapes, schedule.chunk_rank)
+
+
+def placed_program(
+    config: RunConfig,
+    machine: Machine,
+    placement: Placement | None = None,
+    recompute_block: int | None = None,
+) -> Program:
+    """The run's own program, its phases placed by predicted (or calibrated) costs, and validated.
+
+    Deterministic: every process that calls it with the same arguments gets the same program.
+    """
+    layout = layout_of(config, recompute_block)
+    schedule = cached_schedule(layout.schedule, layout.pipeline, layout.num_microbatches)
+    num_chunks = len(schedule.chunk_rank) // schedule.num_copies
+    shapes = chunk_shapes(config, num_chunks, recompute_block)
+    program = place(schedule, shapes.chunks, run_costs(config, machine, recompute_block), placement)
+    validate(program)
+    return program
 
 
 def calibration_from_trace(config: RunConfig, machine: Machine, trace: Path) -> Calibration:
