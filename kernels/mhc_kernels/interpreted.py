@@ -52,11 +52,17 @@ class StrayAccessError(Exception):
     """A kernel touched memory outside of its arguments, or used an atomic operation."""
 
 
-class _Counter:
+class TrafficCounter:
+    """Collects the traffic of launches; `inside_kernel` while one is being interpreted."""
+
     def __init__(self) -> None:
         self.launches: list[LaunchTraffic] = []
         self._ranges: list[tuple[int, int, str]] = []
         self._current: LaunchTraffic | None = None
+
+    @property
+    def inside_kernel(self) -> bool:
+        return self._current is not None
 
     def begin(self, kernel: str, arguments: dict[str, Any]) -> None:
         tensors = dict(_named_tensors(arguments))
@@ -121,10 +127,10 @@ def require_interpreter() -> None:
 
 
 @contextmanager
-def counted_traffic() -> Iterator[list[LaunchTraffic]]:
-    """Inside, every kernel launch adds its traffic to the list."""
+def counted_traffic() -> Iterator[TrafficCounter]:
+    """Inside, every kernel launch adds its traffic to the counter."""
     require_interpreter()
-    counter = _Counter()
+    counter = TrafficCounter()
     builder = interpreter.interpreter_builder
     load, store, call = (
         builder.create_masked_load,
@@ -157,7 +163,7 @@ def counted_traffic() -> Iterator[list[LaunchTraffic]]:
     builder.create_atomic_rmw, builder.create_atomic_cas = refused, refused
     interpreter.GridExecutor.__call__ = counted_call
     try:
-        yield counter.launches
+        yield counter
     finally:
         interpreter.GridExecutor.__call__ = call
         for name in ("create_masked_load", "create_masked_store", "create_atomic_rmw", "create_atomic_cas"):
@@ -188,14 +194,39 @@ def shuffled_programs(seed: int) -> Iterator[None]:
         del builder.set_grid_idx
 
 
+@contextmanager
+def rounded_like_a_device() -> Iterator[None]:
+    """Inside, fp32 -> bf16 rounds to nearest even as GPUs do; Triton 3.7's interpreter cuts the low bits off."""
+    require_interpreter()
+    builder = interpreter.interpreter_builder
+    truncate = builder.create_fp_trunc
+
+    def round_to_nearest(source: Any, target_type: Any) -> Any:
+        result = truncate(source, target_type)
+        if source.dtype.scalar.is_fp32() and target_type.scalar.is_bf16():
+            data = np.ascontiguousarray(source.data)
+            bits = data.view(np.uint32)
+            rounded = ((bits + np.uint32(0x7FFF) + ((bits >> 16) & 1)) >> 16).astype(np.uint16)
+            result.data = np.where(np.isfinite(data), rounded, (bits >> 16).astype(np.uint16)).reshape(
+                data.shape
+            )
+        return result
+
+    builder.create_fp_trunc = round_to_nearest
+    try:
+        yield
+    finally:
+        del builder.create_fp_trunc
+
+
 class TorchTrafficMode(TorchDispatchMode):
-    """Counts bytes read and written by torch operations; views and allocations move nothing."""
+    """Counts bytes moved by torch operations outside of kernels; views and allocations move nothing."""
 
     FREE = ("view", "empty", "detach", "alias", "as_strided", "slice", "select", "unsqueeze", "expand", "t.")
 
-    def __init__(self, ignore_below: int) -> None:
+    def __init__(self, counter: TrafficCounter) -> None:
         super().__init__()
-        self.ignore_below = ignore_below
+        self.counter = counter
         self.moved: dict[str, int] = {}
 
     def __torch_dispatch__(
@@ -203,11 +234,14 @@ class TorchTrafficMode(TorchDispatchMode):
     ) -> Any:
         result = func(*args, **(kwargs or {}))
         name = str(func).removeprefix("aten.")
-        if not any(name.startswith(free) for free in self.FREE) and not _is_view(func):
+        if (
+            not self.counter.inside_kernel
+            and not any(name.startswith(free) for free in self.FREE)
+            and not _is_view(func)
+        ):
             tensors = [a for a in (*args, result) if isinstance(a, Tensor)]
             moved = sum(t.numel() * t.element_size() for t in tensors)
-            if moved >= self.ignore_below:
-                self.moved[name] = self.moved.get(name, 0) + moved
+            self.moved[name] = self.moved.get(name, 0) + moved
         return result
 
 

@@ -20,8 +20,8 @@ from mhc_kernels.function_backend import FunctionBackend
 from mhc_kernels.reference_backend import ReferenceBackend
 from mhc_kernels.spec import Connection, ConnectionSpec, Kept, Mixing, Regenerated, Seam, SeamBackend
 
-BackendName = Literal["reference", "cpu", "compiled"]
-BACKEND_NAMES: tuple[BackendName, ...] = ("reference", "cpu", "compiled")
+BackendName = Literal["reference", "cpu", "compiled", "triton"]
+BACKEND_NAMES: tuple[BackendName, ...] = ("reference", "cpu", "compiled", "triton")
 
 __all__ = [
     "BACKEND_NAMES",
@@ -49,6 +49,14 @@ def make_backend(name: BackendName) -> SeamBackend:
             if reason is not None:
                 raise ValueError(f"kernel backend `compiled` cannot run here: {reason}")
             return FunctionBackend("compiled", CompiledOperations(), lambda _: None)
+        case "triton":
+            # Imported here: a process on CPUs has no use for Triton and its start costs a second.
+            from mhc_kernels import triton_backend
+
+            reason = triton_backend.why_unavailable()
+            if reason is not None:
+                raise ValueError(f"kernel backend `triton` cannot run here: {reason}")
+            return FunctionBackend("triton", triton_backend.TritonOperations(), triton_backend.check_device)
     raise ValueError(f"kernel backend {name!r} is unknown: use one of {', '.join(BACKEND_NAMES)}")
 
 

@@ -1,9 +1,10 @@
 """Bytes a sublayer moves, counted: `python -m mhc_kernels.traffic [--json]`.
 
 The kernels run in Triton's interpreter, which sees every load and store. Two token counts are run and the
-slope is taken, so weights and other constants drop out. Unit: C, one row of channels per token in the streams'
-dtype. Unique bytes are what device memory must move when a kernel's own repeats hit a cache; requested bytes are what
-the kernel asks for. Everything is counted, coefficients and partial sums too, and so are torch operations.
+slope is taken, so weights and other constants drop out. Unit: C, one row of channels per token in the dtype
+of the streams. Unique bytes are what device memory must move when repeats hit a cache; requested
+bytes are what the kernel asks for. Everything is counted: coefficients, partial sums, and torch operations
+around the kernels.
 
 forward    one seam forward (post_project, mix_pre)
 backward   one seam backward (backward_dots, backward_apply, reduce_partials)
@@ -35,6 +36,7 @@ FIELD = {
 """(forward, backward, recompute, total) in C, from reading each implementation, without the RMSNorm."""
 
 TOKEN_COUNTS = (64, 128)
+LONGEST_BLOCK = 3
 STREAM_ARGUMENTS = ("x_ptr", "y_ptr", "out_ptr", "h_ptr", "g_ptr", "d_h_ptr", "d_x_ptr", "d_y_ptr")
 
 
@@ -55,7 +57,7 @@ class Phase:
             row["requested_loaded"] += sum(one.requested_loads.values())
             row["requested_stored"] += sum(one.requested_stores.values())
             moved = [*one.loaded_bytes.items(), *one.stored_bytes.items()]
-            row["streams"] += sum(count for name, count in moved if _is_stream(name))
+            row["streams"] += sum(count for name, count in moved if _is_stream(one.kernel, name))
         return rows
 
     def chunked(self) -> float:
@@ -78,9 +80,9 @@ class Phase:
 ROW_KEYS = ("loaded", "stored", "requested_loaded", "requested_stored", "streams")
 
 
-def _is_stream(name: str) -> bool:
+def _is_stream(kernel: str, name: str) -> bool:
     stem = name.split("[")[0].replace("_ptrs", "_ptr")
-    return stem in STREAM_ARGUMENTS
+    return stem in STREAM_ARGUMENTS and kernel != "reduce_partials"
 
 
 class Sublayer:
@@ -103,43 +105,44 @@ class Sublayer:
         self.carried = draw(num_tokens, n) if spec.shifted_pre else None
         self.forward = launch.seam_forward(self.streams, self.update, self.connection, self.carried)
 
+        self.gradients = SeamGradients(
+            draw(num_tokens, n, channels).to(dtype),
+            draw(num_tokens, channels).to(dtype),
+            self.carried,
+            draw(num_tokens, n),
+            None if self.update.res_TNN is None else draw(num_tokens, n, n),
+        )
+        self.kept = [self._keep_copy() for _ in range(LONGEST_BLOCK)]
+
+    def _keep_copy(self) -> Kept:
+        """Own memory for each sublayer of a block, as in a model."""
+        y_TC, post_TN, res_TNN = self.update
+        return Kept(
+            self.forward.pre_TN.clone(),
+            self.forward.rstd_T.clone(),
+            self.connection.gain_C.clone(),
+            post_TN.clone(),
+            None if res_TNN is None else res_TNN.clone(),
+            y_TC.clone(),
+        )
+
     def run_forward(self) -> None:
         launch.seam_forward(self.streams, self.update, self.connection, self.carried)
 
     def run_backward(self) -> None:
-        gradients = SeamGradients(
-            torch.randn_like(self.streams),
-            torch.randn_like(self.update.y_TC),
-            self.carried,
-            torch.randn_like(self.update.post_TN),
-            None if self.update.res_TNN is None else torch.randn_like(self.update.res_TNN),
-        )
         launch.seam_backward(
-            self.streams, self.update, self.connection, self.carried, self.forward, gradients
+            self.streams, self.update, self.connection, self.carried, self.forward, self.gradients
         )
 
     def run_recompute(self, sublayers: int) -> None:
-        update = self.update
-        kept = [
-            Kept(
-                self.forward.pre_TN,
-                self.forward.rstd_T,
-                self.connection.gain_C,
-                update.post_TN.clone(),
-                None if update.res_TNN is None else update.res_TNN.clone(),
-                update.y_TC.clone(),
-            )
-            for _ in range(sublayers)
-        ]
-        kept = [sublayer._replace(pre_TN=sublayer.pre_TN.clone()) for sublayer in kept]
-        launch.recompute_block(self.streams, kept)
+        launch.recompute_block(self.streams, self.kept[:sublayers])
 
 
 def count(action: Callable[[], None]) -> Phase:
     """Run `action` and count; torch operations inside the kernels' interpretation are not counted."""
-    with interpreted.counted_traffic() as launches, interpreted.TorchTrafficMode() as torch_traffic:
+    with interpreted.counted_traffic() as counter, interpreted.TorchTrafficMode(counter) as torch_traffic:
         action()
-    return Phase(launches, torch_traffic.moved)
+    return Phase(counter.launches, torch_traffic.moved)
 
 
 def per_token(action_of: Callable[[int], Phase], channels: int, item_bytes: int) -> dict[str, Any]:
@@ -186,7 +189,7 @@ def measure(channels: int, spec: ConnectionSpec, dtype: torch.dtype) -> dict[str
     phases = {
         "forward": per_token(lambda t: count(sublayers[t].run_forward), channels, item_bytes),
         "backward": per_token(lambda t: count(sublayers[t].run_backward), channels, item_bytes),
-        "recompute": difference(block(3), block(2)),
+        "recompute": difference(block(LONGEST_BLOCK), block(LONGEST_BLOCK - 1)),
     }
     sums = {key: sum(phase[key] for phase in phases.values()) for key in ("total", "streams", "chunked")}
     return {

@@ -6,8 +6,8 @@
 Legend: T tokens, N streams, C channels, M coefficients per token; BT, BC tile sizes; `rows` (BT,) token
 indices, `cols` (BC,) channel indices. Streams are tuples of N tiles (BT, BC), coefficients tuples of (BT,).
 
-Addresses: a scalar 64-bit base (the tile's first token) plus 32-bit offsets within the tile; `rows` count from
-the base. Tiles of 64-bit addresses would cost two registers per element and tensor.
+Addresses: a scalar 64-bit base (the tile's first token) plus 32-bit offsets within the tile; `rows` count
+from the base. Tiles of 64-bit addresses would cost two registers per element and tensor.
 
 `mixed_stream` and `scaled_input` are the only places where x' and h are computed. Forward, backward and
 recompute call them with the same operands in the same order, which is what makes recompute bit-equal.

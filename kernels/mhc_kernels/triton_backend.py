@@ -1,0 +1,346 @@
+"""`triton`: the kernels as torch.library operations with fake kernels, behind the shared autograd Functions.
+
+The operations make the launches opaque to tracers: shapes come from the fake kernels, and neither
+torch.compile nor a fake tensor mode has to understand Triton. An operation takes tensors and numbers only and
+returns fresh tensors, so optional tensors travel as empty ones.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from mhc_kernels import launch
+from mhc_kernels.offline import interpreting
+from mhc_kernels.seam_function import InputGradients, SeamForward, SeamGradients, Update
+from mhc_kernels.spec import Connection, ConnectionSpec, Kept, Mixing, Regenerated
+from mhc_kernels.tiles import ARCHITECTURES
+
+SpecFields = tuple[str, int, float, float, float, float, bool]
+
+
+def _fields(spec: ConnectionSpec) -> SpecFields:
+    return (
+        str(spec.mixing),
+        spec.sinkhorn_iterations,
+        spec.sinkhorn_eps,
+        spec.pre_eps,
+        spec.projection_norm_eps,
+        spec.sublayer_norm_eps,
+        spec.shifted_pre,
+    )
+
+
+def _spec(num_streams: int, fields: SpecFields) -> ConnectionSpec:
+    return ConnectionSpec(num_streams, Mixing(fields[0]), *fields[1:])
+
+
+def _update(y_TC: Tensor | None, post_TN: Tensor | None, res_TNN: Tensor | None) -> Update | None:
+    return None if y_TC is None or post_TN is None else Update(y_TC, post_TN, res_TNN)
+
+
+def _empty(like: Tensor) -> Tensor:
+    return like.new_empty(0)
+
+
+def _separate(gradients: Sequence[Tensor | None], like: Tensor) -> list[Tensor]:
+    """Results of an operation may not share memory, but dpost and dres come as slices of one array."""
+    present = [_empty(like) if gradient is None else gradient for gradient in gradients]
+    return [gradient.clone() if gradient._base is not None else gradient for gradient in present]
+
+
+def _or_none(tensor: Tensor) -> Tensor | None:
+    return tensor if tensor.numel() else None
+
+
+@torch.library.custom_op("mhc_kernels::seam_forward", mutates_args=())
+def seam_forward(
+    streams_TNC: Tensor,
+    y_TC: Tensor | None,
+    post_TN: Tensor | None,
+    res_TNN: Tensor | None,
+    carried_pre_TN: Tensor | None,
+    phi_MD: Tensor,
+    alpha_3: Tensor,
+    bias_M: Tensor,
+    gain_C: Tensor,
+    mixing: str,
+    sinkhorn_iterations: int,
+    sinkhorn_eps: float,
+    pre_eps: float,
+    projection_norm_eps: float,
+    sublayer_norm_eps: float,
+    shifted_pre: bool,
+) -> list[Tensor]:
+    """[x' (empty without update), h, pre, post, res (empty for identity), mix, 1/rms(x'), 1/rms(u)]."""
+    fields = (
+        mixing,
+        sinkhorn_iterations,
+        sinkhorn_eps,
+        pre_eps,
+        projection_norm_eps,
+        sublayer_norm_eps,
+        shifted_pre,
+    )
+    spec = _spec(streams_TNC.shape[1], fields)
+    connection = Connection(phi_MD, alpha_3, bias_M, gain_C, spec)
+    result = launch.seam_forward(streams_TNC, _update(y_TC, post_TN, res_TNN), connection, carried_pre_TN)
+    out_TNC = _empty(streams_TNC) if y_TC is None else result.streams_TNC
+    res = _empty(phi_MD) if result.res_TNN is None else result.res_TNN
+    return [out_TNC, *result[1:4], res, *result[5:]]
+
+
+@seam_forward.register_fake
+def _(
+    streams_TNC: Tensor,
+    y_TC: Tensor | None,
+    post_TN: Tensor | None,
+    res_TNN: Tensor | None,
+    carried_pre_TN: Tensor | None,
+    phi_MD: Tensor,
+    alpha_3: Tensor,
+    bias_M: Tensor,
+    gain_C: Tensor,
+    mixing: str,
+    sinkhorn_iterations: int,
+    sinkhorn_eps: float,
+    pre_eps: float,
+    projection_norm_eps: float,
+    sublayer_norm_eps: float,
+    shifted_pre: bool,
+) -> list[Tensor]:
+    num_tokens, n, channels = streams_TNC.shape
+    return [
+        _empty(streams_TNC) if y_TC is None else torch.empty_like(streams_TNC),
+        streams_TNC.new_empty(num_tokens, channels),
+        phi_MD.new_empty(num_tokens, n),
+        phi_MD.new_empty(num_tokens, n),
+        _empty(phi_MD) if mixing == Mixing.IDENTITY else phi_MD.new_empty(num_tokens, n, n),
+        phi_MD.new_empty(num_tokens, phi_MD.shape[0]),
+        phi_MD.new_empty(num_tokens),
+        phi_MD.new_empty(num_tokens),
+    ]
+
+
+@torch.library.custom_op("mhc_kernels::seam_backward", mutates_args=())
+def seam_backward(
+    streams_TNC: Tensor,
+    y_TC: Tensor | None,
+    post_TN: Tensor | None,
+    res_TNN: Tensor | None,
+    carried_pre_TN: Tensor | None,
+    phi_MD: Tensor,
+    alpha_3: Tensor,
+    bias_M: Tensor,
+    gain_C: Tensor,
+    forward: Sequence[Tensor],
+    d_streams_TNC: Tensor,
+    d_h_TC: Tensor,
+    d_pre_TN: Tensor | None,
+    d_post_TN: Tensor,
+    d_res_TNN: Tensor | None,
+    mixing: str,
+    sinkhorn_iterations: int,
+    sinkhorn_eps: float,
+    pre_eps: float,
+    projection_norm_eps: float,
+    sublayer_norm_eps: float,
+    shifted_pre: bool,
+) -> list[Tensor]:
+    """Gradients of streams, y, post, res, carried pre, phi, alpha, bias, gain; empty without an input."""
+    fields = (
+        mixing,
+        sinkhorn_iterations,
+        sinkhorn_eps,
+        pre_eps,
+        projection_norm_eps,
+        sublayer_norm_eps,
+        shifted_pre,
+    )
+    x_TNC, h_TC, pre, post, res, mix, rstd_x, rstd_h = forward
+    gradients = launch.seam_backward(
+        streams_TNC,
+        _update(y_TC, post_TN, res_TNN),
+        Connection(phi_MD, alpha_3, bias_M, gain_C, _spec(streams_TNC.shape[1], fields)),
+        carried_pre_TN,
+        SeamForward(
+            streams_TNC if y_TC is None else x_TNC, h_TC, pre, post, _or_none(res), mix, rstd_x, rstd_h
+        ),
+        SeamGradients(d_streams_TNC, d_h_TC, d_pre_TN, d_post_TN, d_res_TNN),
+    )
+    return _separate(gradients, phi_MD)
+
+
+@seam_backward.register_fake
+def _(
+    streams_TNC: Tensor,
+    y_TC: Tensor | None,
+    post_TN: Tensor | None,
+    res_TNN: Tensor | None,
+    carried_pre_TN: Tensor | None,
+    phi_MD: Tensor,
+    alpha_3: Tensor,
+    bias_M: Tensor,
+    gain_C: Tensor,
+    forward: Sequence[Tensor],
+    d_streams_TNC: Tensor,
+    d_h_TC: Tensor,
+    d_pre_TN: Tensor | None,
+    d_post_TN: Tensor,
+    d_res_TNN: Tensor | None,
+    mixing: str,
+    sinkhorn_iterations: int,
+    sinkhorn_eps: float,
+    pre_eps: float,
+    projection_norm_eps: float,
+    sublayer_norm_eps: float,
+    shifted_pre: bool,
+) -> list[Tensor]:
+    inputs = [streams_TNC, y_TC, post_TN, res_TNN, carried_pre_TN, phi_MD, alpha_3, bias_M, gain_C]
+    return [_empty(phi_MD) if i is None else torch.empty_like(i) for i in inputs]
+
+
+@torch.library.custom_op("mhc_kernels::update_forward", mutates_args=())
+def update_forward(streams_TNC: Tensor, y_TC: Tensor, post_TN: Tensor, res_TNN: Tensor | None) -> Tensor:
+    return launch.update_forward(streams_TNC, Update(y_TC, post_TN, res_TNN))
+
+
+@update_forward.register_fake
+def _(streams_TNC: Tensor, y_TC: Tensor, post_TN: Tensor, res_TNN: Tensor | None) -> Tensor:
+    return torch.empty_like(streams_TNC)
+
+
+@torch.library.custom_op("mhc_kernels::update_backward", mutates_args=())
+def update_backward(
+    streams_TNC: Tensor, y_TC: Tensor, post_TN: Tensor, res_TNN: Tensor | None, gradient_TNC: Tensor
+) -> list[Tensor]:
+    gradients = launch.update_backward(streams_TNC, Update(y_TC, post_TN, res_TNN), gradient_TNC)
+    return _separate(gradients, post_TN)
+
+
+@update_backward.register_fake
+def _(
+    streams_TNC: Tensor, y_TC: Tensor, post_TN: Tensor, res_TNN: Tensor | None, gradient_TNC: Tensor
+) -> list[Tensor]:
+    return [
+        _empty(post_TN) if i is None else torch.empty_like(i) for i in (streams_TNC, y_TC, post_TN, res_TNN)
+    ]
+
+
+@torch.library.custom_op("mhc_kernels::collapse_forward", mutates_args=())
+def collapse_forward(streams_TNC: Tensor, pre_TN: Tensor) -> Tensor:
+    return launch.collapse_forward(streams_TNC, pre_TN)
+
+
+@collapse_forward.register_fake
+def _(streams_TNC: Tensor, pre_TN: Tensor) -> Tensor:
+    return streams_TNC.new_empty(streams_TNC.shape[0], streams_TNC.shape[2])
+
+
+@torch.library.custom_op("mhc_kernels::collapse_backward", mutates_args=())
+def collapse_backward(streams_TNC: Tensor, pre_TN: Tensor, gradient_TC: Tensor) -> list[Tensor]:
+    return list(launch.collapse_backward(streams_TNC, pre_TN, gradient_TC))
+
+
+@collapse_backward.register_fake
+def _(streams_TNC: Tensor, pre_TN: Tensor, gradient_TC: Tensor) -> list[Tensor]:
+    return [torch.empty_like(streams_TNC), torch.empty_like(pre_TN)]
+
+
+class TritonOperations:
+    """SeamOperations over the registered operations."""
+
+    def seam_forward(
+        self,
+        streams_TNC: Tensor,
+        update: Update | None,
+        connection: Connection,
+        carried_pre_TN: Tensor | None,
+    ) -> SeamForward:
+        tail = update or (None, None, None)
+        x_TNC, h_TC, pre, post, res, mix, rstd_x, rstd_h = seam_forward(
+            streams_TNC, *tail, carried_pre_TN, *connection[:4], *_fields(connection.spec)
+        )
+        x_TNC = streams_TNC if update is None else x_TNC
+        return SeamForward(x_TNC, h_TC, pre, post, _or_none(res), mix, rstd_x, rstd_h)
+
+    def seam_backward(
+        self,
+        streams_TNC: Tensor,
+        update: Update | None,
+        connection: Connection,
+        carried_pre_TN: Tensor | None,
+        forward: SeamForward,
+        gradients: SeamGradients,
+    ) -> InputGradients:
+        tail = update or (None, None, None)
+        x_TNC = _empty(streams_TNC) if update is None else forward.streams_TNC
+        res = _empty(connection.phi_MD) if forward.res_TNN is None else forward.res_TNN
+        d_streams, d_y, d_post, d_res, d_carried, *parameters = seam_backward(
+            streams_TNC,
+            *tail,
+            carried_pre_TN,
+            *connection[:4],
+            [x_TNC, *forward[1:4], res, *forward[5:]],
+            *gradients,
+            *_fields(connection.spec),
+        )
+        return InputGradients(
+            d_streams,
+            None if update is None else d_y,
+            None if update is None else d_post,
+            None if update is None or update.res_TNN is None else d_res,
+            None if carried_pre_TN is None else d_carried,
+            *parameters,
+        )
+
+    def update_forward(self, streams_TNC: Tensor, update: Update) -> Tensor:
+        out_TNC: Tensor = update_forward(streams_TNC, *update)
+        return out_TNC
+
+    def update_backward(
+        self, streams_TNC: Tensor, update: Update, gradient_TNC: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+        d_streams, d_y, d_post, d_res = update_backward(streams_TNC, *update, gradient_TNC)
+        return d_streams, d_y, d_post, None if update.res_TNN is None else d_res
+
+    def collapse_forward(self, streams_TNC: Tensor, pre_TN: Tensor) -> Tensor:
+        out_TC: Tensor = collapse_forward(streams_TNC, pre_TN)
+        return out_TC
+
+    def collapse_backward(
+        self, streams_TNC: Tensor, pre_TN: Tensor, gradient_TC: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        d_streams, d_pre = collapse_backward(streams_TNC, pre_TN, gradient_TC)
+        return d_streams, d_pre
+
+    def recompute_block(self, streams_TNC: Tensor, kept: Sequence[Kept]) -> list[Regenerated]:
+        """Never traced: it runs between autograd segments."""
+        return launch.recompute_block(streams_TNC, kept)
+
+
+def why_unavailable() -> str | None:
+    """Reason and remedy when the kernels cannot run in this process, else None."""
+    if interpreting():
+        return None
+    if not torch.cuda.is_available():
+        return (
+            "torch sees no GPU. On CPUs use `cpu` or `compiled`; to run the kernels in Triton's interpreter "
+            "(slow, for tests) start Python with TRITON_INTERPRET=1"
+        )
+    architecture = launch.device_architecture(torch.device("cuda"))
+    if architecture not in ARCHITECTURES:
+        return f"the GPU is {architecture}, tiles.py has {', '.join(ARCHITECTURES)}: add a row for it"
+    return None
+
+
+def check_device(streams_TNC: Tensor) -> None:
+    needed = "cpu" if interpreting() else "cuda"
+    if streams_TNC.device.type != needed:
+        raise ValueError(f"streams_TNC is on {streams_TNC.device}, backend `triton` runs on {needed} here")
+    if streams_TNC.dtype == torch.float64:
+        raise ValueError(
+            "streams_TNC has dtype torch.float64, backend `triton` takes torch.float32 or torch.bfloat16"
+        )
