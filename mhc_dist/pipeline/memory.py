@@ -1,0 +1,30 @@
+"""Bytes that each rank holds, action by action. Needs no clock: a rank runs its actions in order.
+
+Standard library only.
+"""
+
+from __future__ import annotations
+
+from mhc_dist.pipeline.action import Action, Program
+from mhc_dist.pipeline.cost import CostTable, bytes_at_end, bytes_at_start
+from mhc_dist.pipeline.errors import InvalidProgram
+
+
+def held_bytes(program: Program, costs: CostTable, rank: int) -> list[tuple[Action, int]]:
+    """Every action of `rank` with the bytes held while it runs."""
+    held = costs.static_bytes[rank] if costs.static_bytes else 0
+    result: list[tuple[Action, int]] = []
+    for action in program.actions[rank]:
+        held += bytes_at_start(action, costs)
+        result.append((action, held))
+        held -= bytes_at_end(action, costs, training=program.training)
+    return result
+
+
+def check_memory(program: Program, costs: CostTable, budget: int) -> None:
+    """Raise InvalidProgram at the first action that needs more than `budget` bytes on its rank."""
+    for rank in range(program.num_ranks):
+        for action, held in held_bytes(program, costs, rank):
+            if held > budget:
+                reason = f"needs {held / 1e9:.3f} GB of {budget / 1e9:.3f} GB, {held - budget} bytes too much"
+                raise InvalidProgram(rank, action, reason)
