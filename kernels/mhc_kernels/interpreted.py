@@ -196,7 +196,7 @@ def shuffled_programs(seed: int) -> Iterator[None]:
 
 @contextmanager
 def rounded_like_a_device() -> Iterator[None]:
-    """Inside, fp32 -> bf16 rounds to nearest even as GPUs do; Triton 3.7's interpreter cuts the low bits off."""
+    """Inside, fp32 -> bf16 rounds to nearest even as GPUs do; Triton's interpreter cuts bits off."""
     require_interpreter()
     builder = interpreter.interpreter_builder
     truncate = builder.create_fp_trunc

@@ -1,0 +1,106 @@
+"""Counted bytes of the kernels against the closed formulas, and the counter against known offenders."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+import triton  # type: ignore[import-untyped]
+import triton.language as tl  # type: ignore[import-untyped]
+from mhc_kernels import interpreted, launch, traffic
+from mhc_kernels.seam import ConnectionSpec, Mixing
+from mhc_kernels.tiles import Tile, TileSet, tiles_for
+
+CHANNELS = 64
+
+
+@pytest.fixture(autouse=True)
+def _few_programs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The interpreter pays per program; the number of tokens per row program does not change unique bytes."""
+
+    def quick_tiles(architecture: str, num_streams: int, channels: int) -> TileSet:
+        tiles = tiles_for(architecture, num_streams, channels)
+        row = tiles.mix_pre.channels
+        return tiles._replace(mix_pre=Tile(16, row, 4), backward_dots=Tile(16, row, 4))
+
+    monkeypatch.setattr(launch, "tiles_for", quick_tiles)
+    monkeypatch.setattr(traffic, "TOKEN_COUNTS", (16, 32))
+
+
+def measured(num_streams: int, mixing: Mixing, channels: int, dtype: torch.dtype) -> dict[str, Any]:
+    """The report at few Sinkhorn iterations, which happen in registers and move nothing."""
+    spec = ConnectionSpec(num_streams=num_streams, mixing=mixing, sinkhorn_iterations=2)
+    return traffic.measure(channels, spec, dtype)
+
+
+def check_formula(num_streams: int, mixing: Mixing, dtype: torch.dtype) -> None:
+    """forward: x, y in, x' out, x' in, h out = 3n+2. backward: x', dh; then g, dh, x, y in, dx, dy out = 4n+4.
+    recompute of one sublayer more: y in, x' and h out = n+2."""
+    report = measured(num_streams, mixing, CHANNELS, dtype)
+    streams = {name: phase["streams"] for name, phase in report["phases"].items()}
+    n = num_streams
+    assert streams == {"forward": 3 * n + 2, "backward": 4 * n + 4, "recompute": n + 2}
+
+
+def test_streams_move_as_often_as_the_formula_says() -> None:
+    """Oracle: the formulas 3n+2, 4n+4, n+2."""
+    check_formula(4, Mixing.SINKHORN, torch.bfloat16)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize(
+    ("n", "mixing"),
+    [(2, Mixing.SINKHORN), (8, Mixing.SINKHORN), (4, Mixing.IDENTITY), (4, Mixing.PERMUTATIONS)],
+)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=["bf16", "fp32"])
+def test_formula_of_other_connections(n: int, mixing: Mixing, dtype: torch.dtype) -> None:
+    """Oracle: the formulas 3n+2, 4n+4, n+2."""
+    check_formula(n, mixing, dtype)
+
+
+def test_everything_counted_is_below_the_promise() -> None:
+    """Oracle: the project's promise, 14.5 + 24 + 6.2 C with all coefficients, extrapolated to C = 1280 from two
+    widths: bytes per token that are not streams are a constant, but for the partial dots, a share of C."""
+    narrow = measured(4, Mixing.SINKHORN, CHANNELS, torch.bfloat16)
+    wide = measured(4, Mixing.SINKHORN, 2 * CHANNELS, torch.bfloat16)
+    promises = {"forward": 14.5, "backward": 24.0, "recompute": 6.2}
+    for name, promise in promises.items():
+        bytes_narrow = narrow[name] * CHANNELS * 2
+        bytes_per_channel = wide[name] * 4 - narrow[name] * 2
+        at_1280 = (bytes_narrow + (1280 - CHANNELS) * bytes_per_channel) / (1280 * 2)
+        assert at_1280 <= promise, (name, at_1280)
+    assert not any(narrow["torch_operations"].values())
+
+
+@triton.jit
+def out_of_bounds(pointer, size, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
+    offsets = tl.arange(0, BLOCK)
+    tl.store(pointer + offsets, offsets.to(tl.float32), mask=offsets <= size)
+
+
+@triton.jit
+def atomic(pointer, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
+    tl.atomic_add(pointer + tl.arange(0, BLOCK), 1.0)
+
+
+def test_a_stray_store_is_caught() -> None:
+    """Oracle: a kernel with an off-by-one mask; the memory around its argument is ours."""
+    memory = torch.zeros(64)
+    with interpreted.counted_traffic(), pytest.raises(Exception, match="outside of its arguments"):
+        out_of_bounds[(1,)](memory[:15], 15, BLOCK=32)
+
+
+def test_an_atomic_is_caught() -> None:
+    """Oracle: a kernel with an atomic add."""
+    with interpreted.counted_traffic(), pytest.raises(Exception, match="atomic operation"):
+        atomic[(1,)](torch.zeros(16), BLOCK=16)
+
+
+def test_torch_operations_around_kernels_are_counted() -> None:
+    """Oracle: arithmetic; y = x + x reads two and writes one array of 4000 bytes."""
+    x = torch.ones(1000)
+    with interpreted.counted_traffic() as counter, interpreted.TorchTrafficMode(counter) as mode:
+        _ = x + x
+        _ = x.view(10, 100)
+    assert mode.moved == {"add.Tensor": 12000}

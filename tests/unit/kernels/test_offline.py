@@ -1,0 +1,88 @@
+"""Offline compilation and its report; in a process of its own only where the interpreter must be off."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from mhc_kernels import offline, resources
+from mhc_kernels.seam import ConnectionSpec, make_backend
+from mhc_kernels.tiles import ARCHITECTURES, WIDTH_BUCKETS, tiles_for
+
+SPEC = ConnectionSpec(num_streams=4)
+KERNELS = {
+    "project",
+    "post_project",
+    "mix_pre",
+    "backward_dots",
+    "backward_apply",
+    "project_backward",
+    "reduce_partials",
+    "post",
+    "post_backward",
+    "pre",
+    "pre_backward",
+    "recompute_block",
+}
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_a_chunk_launches_every_kernel_of_the_set(architecture: str) -> None:
+    """Oracle: the list of kernels in the documentation."""
+    launches = offline.seam_launches(architecture, 1280, SPEC, num_tokens=64)
+    assert {launched.name for launched in launches} == KERNELS
+
+
+def test_recording_ends_with_its_context() -> None:
+    """Oracle: Triton's own launcher, which must be back afterwards."""
+    run = offline.JITFunction.run
+    with offline.recorded_launches("sm_90"):
+        assert offline.JITFunction.run is not run
+    assert offline.JITFunction.run is run
+
+
+@pytest.mark.parametrize("name", ["post", "mix_pre"])
+def test_small_kernels_compile_for_hopper(name: str) -> None:
+    """Oracle: disassembly by the vendor's tools: nothing spilled, no atomics, 128-bit accesses."""
+    (report,) = resources.kernel_resources("sm_90", 1280, SPEC, torch.bfloat16, only=name)
+    assert report.spills == 0
+    assert report.atomics == 0
+    assert report.vector_bytes == 16
+    assert 0 < report.registers <= 255
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("architecture", ["sm_90", "sm_100"])
+@pytest.mark.parametrize("channels", [1280, 2560, 4096, 7168])
+def test_every_kernel_fits(architecture: str, channels: int) -> None:
+    """Oracle: disassembly by the vendor's tools, at every promised width."""
+    for report in resources.kernel_resources(architecture, channels, SPEC, torch.bfloat16):
+        assert report.spills == 0, report
+        assert report.atomics == 0, report
+        assert report.vector_bytes == 16, report
+
+
+@pytest.mark.long
+def test_every_kernel_compiles_for_amd() -> None:
+    """Oracle: the assembly of the AMD compiler: nothing spilled, no atomics."""
+    for report in resources.kernel_resources("gfx942", 1280, SPEC, torch.bfloat16):
+        assert report.spills == 0, report
+        assert report.atomics == 0, report
+
+
+def test_tiles_cover_every_width_and_refuse_others() -> None:
+    """Oracle: the documented range; errors name what is accepted."""
+    for architecture in ARCHITECTURES:
+        for channels in (16, *WIDTH_BUCKETS):
+            assert tiles_for(architecture, 4, channels).mix_pre.channels >= channels
+    with pytest.raises(ValueError, match="wider than the widest tile"):
+        tiles_for("sm_90", 4, WIDTH_BUCKETS[-1] + 16)
+    with pytest.raises(ValueError, match="'sm_70' has no tiles"):
+        tiles_for("sm_70", 4, 1280)
+
+
+def test_missing_gpu_is_an_error_with_a_remedy() -> None:
+    """Oracle: the contract; `triton` is never replaced by another backend."""
+    if torch.cuda.is_available():
+        pytest.skip("a GPU is present, so the backend is available")
+    with pytest.raises(ValueError, match=r"`triton` cannot run here: torch sees no GPU.*use `cpu`"):
+        make_backend("triton")
