@@ -17,10 +17,12 @@ from mhc_dist.pipeline.cost import CostTable, bytes_at_end, bytes_at_start
 from mhc_dist.pipeline.flow import ChunkFlow
 from mhc_dist.pipeline.lower import finish_rank, ops_of
 from mhc_dist.pipeline.lower_pass import boundary
+from mhc_dist.pipeline.merge_slots import Group, merge_slots
 from mhc_dist.pipeline.op_graph import OpGraph, backward_graph, forward_graph
 from mhc_dist.pipeline.place_slot import Filler, SlotScheduler, Step, Unit
 from mhc_dist.pipeline.receives import COMPUTE_KINDS, post_receives
-from mhc_dist.pipeline.schedules.coarse import CoarseSchedule, Op, OpKind, Slot
+from mhc_dist.pipeline.schedules.coarse import CoarseSchedule, Op, OpKind
+from mhc_dist.pipeline.simulate import Simulation
 
 TICKS_PER_SECOND = 1_000_000_000
 
@@ -33,12 +35,14 @@ class Placement:
     """What placement may do. Switch parts off to measure what they bring.
 
     memory_budget: bytes a rank may hold, static ones included; None for no limit. prefetch_recompute: False
-    recomputes right before each use, as others do.
+    recomputes right before each use, as others do. merge_slots: also run passes side by side that the
+    schedule does not pair, where a simulated run says that it pays.
     """
 
     memory_budget: int | None = None
     split_weights: bool = True
     prefetch_recompute: bool = True
+    merge_slots: bool = True
 
 
 def place(
@@ -50,16 +54,40 @@ def place(
     """Lower `schedule` over `chunks` in the order that `costs` make best."""
     if len(chunks) != len(schedule.chunk_rank):
         raise ValueError(f"{len(chunks)} chunks given, but the schedule lays out {len(schedule.chunk_rank)}.")
+    placement = placement or Placement()
     layout = Layout(schedule.chunk_rank, schedule.num_microbatches, schedule.num_copies)
-    placer = _Placer(chunks, layout, costs, placement or Placement())
-    ranks = [
-        finish_rank(placer.place_rank(rank, slots), training=True)
-        for rank, slots in enumerate(schedule.ranks)
-    ]
+    placer = _Placer(chunks, layout, costs, placement)
+    groups = [[ops_of(slot) for slot in slots] for slots in schedule.ranks]
+    program = _assemble(schedule, chunks, costs, placer, groups)
+    if not placement.merge_slots or not placer.has_exchanges:
+        return program
+    simulation = Simulation(program, costs)
+    joined = merge_slots(groups, program, simulation)
+    other = _assemble(schedule, chunks, costs, placer, joined)
+    return min(
+        (program, simulation), (other, Simulation(other, costs)), key=lambda p: _merit(p[1], placement)
+    )[0]
 
+
+def _merit(simulation: Simulation, placement: Placement) -> tuple[bool, float]:
+    """Programs within memory first, then the faster one; the plainer one among equals."""
+    peak = max(rank.peak_bytes for rank in simulation.ranks)
+    too_big = placement.memory_budget is not None and peak > placement.memory_budget
+    return (too_big, simulation.makespan)
+
+
+def _assemble(
+    schedule: CoarseSchedule,
+    chunks: tuple[ChunkShape, ...],
+    costs: CostTable,
+    placer: _Placer,
+    groups: Sequence[Sequence[Group]],
+) -> Program:
     def duration(action: Action) -> int:
         return max(1, ticks(costs.seconds(action))) if action.kind in COMPUTE_KINDS else 0
 
+    ranks = [finish_rank(placer.place_rank(rank, own), training=True) for rank, own in enumerate(groups)]
+    layout = Layout(schedule.chunk_rank, schedule.num_microbatches, schedule.num_copies)
     return Program(
         schedule=schedule.name,
         num_microbatches=schedule.num_microbatches,
@@ -98,14 +126,17 @@ class _Placer:
         ]
         self._slots: dict[_Key, list[Step]] = {}
 
-    def place_rank(self, rank: int, slots: Sequence[Slot]) -> list[Action]:
+    @property
+    def has_exchanges(self) -> bool:
+        return any(self._has_exchange)
+
+    def place_rank(self, rank: int, groups: Sequence[Group]) -> list[Action]:
         """All actions of one rank, without receives, FREE, REDUCE and STEP."""
         state = _RankState(self._costs.static_bytes[rank] if self._costs.static_bytes else 0)
-        upcoming = deque(op for slot in slots for op in ops_of(slot) if op.kind in (OpKind.B, OpKind.I))
-        for slot in slots:
-            ops = ops_of(slot)
-            if isinstance(slot, Op) and slot.kind is OpKind.W:
-                self._finish_weights(state, slot)
+        upcoming = deque(op for ops in groups for op in ops if op.kind in (OpKind.B, OpKind.I))
+        for ops in groups:
+            if ops[0].kind is OpKind.W:
+                self._finish_weights(state, ops[0])
                 continue
             for op in ops:
                 if op.kind in (OpKind.B, OpKind.I):

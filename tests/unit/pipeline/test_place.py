@@ -137,7 +137,7 @@ def test_memory_budget_is_kept() -> None:
             1
         ].peak_bytes
     )
-    for budget in range(needed + 60, max(ample.peak_bytes) + 60, 10):
+    for budget in range(needed + 60, max(ample.peak_bytes) + 60, 50):
         program = place(schedule, chunks_for(schedule, shape), costs, Placement(memory_budget=budget))
         assert max(summarize(Simulation(program, costs)).peak_bytes) <= budget
 
@@ -188,3 +188,15 @@ def test_recompute_is_validated() -> None:
     ]:
         with pytest.raises(ValueError, match=reason):
             with_recompute(experts_chunk(), blocks)
+
+
+@pytest.mark.parametrize("name", sorted(SCHEDULES))
+@pytest.mark.parametrize("wire", [0.5, 1.0])
+def test_running_unpaired_passes_side_by_side_never_loses(name: str, wire: float) -> None:
+    """Oracle: the same placement with the schedule's slots as they are; ZB1P and ZBV gain most."""
+    apart = placed(name, experts_chunk(3), wire=wire, placement=Placement(merge_slots=False))[1]
+    program, together = placed(name, experts_chunk(3), wire=wire)
+    validate(program)
+    assert together.step_seconds <= apart.step_seconds
+    if name in ("zb1p", "zbv"):
+        assert together.step_seconds < 0.98 * apart.step_seconds
