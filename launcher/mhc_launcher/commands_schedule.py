@@ -10,6 +10,8 @@ from typing import Annotated
 
 import typer
 
+from mhc_dist.pipeline.demonstration import Shown
+
 
 def schedule_command(
     name: Annotated[
@@ -53,21 +55,7 @@ def schedule_command(
         validate(shown.program)
         if actions:
             typer.echo(shown.program.text(), nl=False)
-        if png:
-            from mhc_dist.pipeline.picture import draw_png
-
-            draw_png(shown, png)
-            typer.echo(f"drawn to {png}")
-        if html:
-            from mhc_dist.pipeline.page import write_html
-
-            write_html(shown, html)
-            typer.echo(f"written to {html}")
-        if trace:
-            from mhc_dist.pipeline.perfetto import write_perfetto
-
-            write_perfetto(shown, trace)
-            typer.echo(f"written to {trace}; open it at ui.perfetto.dev")
+        _draw(shown, png, html, trace)
     if not actions:
         typer.echo(schedule.text(), nl=False)
     result = run_unit_costs(
@@ -91,6 +79,25 @@ def schedule_command(
         typer.echo(json.dumps(content))
 
 
+def _draw(shown: Shown, png: Path | None, html: Path | None, trace: Path | None) -> None:
+    """Write the pictures that were asked for."""
+    if png:
+        from mhc_dist.pipeline.picture import draw_png
+
+        draw_png(shown, png)
+        typer.echo(f"drawn to {png}")
+    if html:
+        from mhc_dist.pipeline.page import write_html
+
+        write_html(shown, html)
+        typer.echo(f"written to {html}")
+    if trace:
+        from mhc_dist.pipeline.perfetto import write_perfetto
+
+        write_perfetto(shown, trace)
+        typer.echo(f"written to {trace}; open it at ui.perfetto.dev")
+
+
 def plan_command(
     path: Annotated[Path, typer.Argument(metavar="CONFIG", help="A run's YAML file.")],
     cluster: Annotated[str, typer.Option(help="A cluster file, or the name of one in configs/clusters.")],
@@ -104,11 +111,15 @@ def plan_command(
         typer.Option(metavar="TRACE", help="Trace of a run of CONFIG on this cluster: corrects the costs."),
     ] = None,
     rows: Annotated[int, typer.Option(help="Layouts to print.")] = 10,
+    png: Annotated[Path | None, typer.Option(help="Draw the best layout's step.")] = None,
+    html: Annotated[Path | None, typer.Option(help="The same as a page to zoom and hover.")] = None,
+    trace: Annotated[Path | None, typer.Option(help="The same for ui.perfetto.dev.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="End with one JSON object.")] = False,
 ) -> None:
     """Search for the fastest layout of a run on a cluster, and say what mHC costs in it."""
     from mhc_dist.config import load_config
     from mhc_dist.plan.cluster import load_cluster
+    from mhc_dist.plan.evaluate import build
     from mhc_dist.plan.machine import Machine
     from mhc_dist.plan.overhead import overhead
     from mhc_dist.plan.report import plan_json, plan_text
@@ -125,5 +136,8 @@ def plan_command(
     found = search(config, machine, num_devices)
     cost = overhead(config, machine, num_devices, found.best[0])
     typer.echo(plan_text(config, machine, num_devices, found, cost, rows))
+    if png or html or trace:
+        planned = build(config, machine, found.best[0].layout)
+        _draw(Shown(planned.program, planned.simulation, "second"), png, html, trace)
     if as_json:
         typer.echo(json.dumps(plan_json(found.best[0], cost)))

@@ -13,7 +13,7 @@ from mhc_dist.plan.charge import Charge
 from mhc_dist.plan.cluster import Link
 from mhc_dist.plan.layout import Layout, Shapes
 from mhc_dist.plan.machine import Machine
-from mhc_dist.plan.static_memory import gradient_seconds, static_bytes
+from mhc_dist.plan.static_memory import gradient_seconds, static_by_rank
 from mhc_dist.plan.work import (
     Work,
     attention_work,
@@ -72,7 +72,9 @@ class CostModel:
             message=self._message(layout, charge),
             reduce_seconds=gradient_seconds(self.config, self.cluster, layout, shapes, chunk_rank),
             step_seconds=0.0,
-            static_bytes=static_bytes(self.config, layout, shapes, chunk_rank),
+            static_bytes=tuple(
+                held.total for held in static_by_rank(self.config, layout, shapes, chunk_rank)
+            ),
         )
         return costs if self.calibration is None else self.calibration.apply(costs)
 

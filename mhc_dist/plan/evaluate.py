@@ -18,6 +18,7 @@ from mhc_dist.plan.charge import Charge
 from mhc_dist.plan.costs import CostModel
 from mhc_dist.plan.layout import Layout, chunk_shapes
 from mhc_dist.plan.machine import Machine
+from mhc_dist.plan.static_memory import StaticBytes, static_by_rank
 
 
 @dataclass(frozen=True)
@@ -29,6 +30,8 @@ class Evaluation:
     tokens_per_second: float
     model_flops_utilization: float
     reduce_seconds: float
+    fullest: StaticBytes
+    """Static memory of the rank with the highest peak."""
 
     @property
     def step_seconds(self) -> float:
@@ -47,6 +50,7 @@ class Planned:
     costs: CostTable
     program: Program
     simulation: Simulation
+    static: list[StaticBytes]
 
 
 @lru_cache(maxsize=512)
@@ -62,7 +66,8 @@ def build(config: RunConfig, machine: Machine, layout: Layout, charge: Charge | 
     costs = CostModel(config, machine).table(layout, shapes, schedule.chunk_rank, charge)
     placement = Placement(memory_budget=machine.memory_budget)
     program = place(schedule, shapes.chunks, costs, placement)
-    return Planned(schedule, costs, program, Simulation(program, costs))
+    static = static_by_rank(config, layout, shapes, schedule.chunk_rank)
+    return Planned(schedule, costs, program, Simulation(program, costs), static)
 
 
 def evaluate(config: RunConfig, machine: Machine, layout: Layout, charge: Charge | None = None) -> Evaluation:
@@ -82,4 +87,5 @@ def evaluate(config: RunConfig, machine: Machine, layout: Layout, charge: Charge
         tokens_per_second=tokens / summary.step_seconds,
         model_flops_utilization=tokens * model_flops_per_token(config) / summary.step_seconds / peak,
         reduce_seconds=planned.costs.reduce_seconds,
+        fullest=planned.static[summary.peak_bytes.index(max(summary.peak_bytes))],
     )

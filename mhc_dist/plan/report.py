@@ -64,6 +64,19 @@ def _row(evaluation: Evaluation) -> tuple[str, ...]:
     )
 
 
+def memory_text(best: Evaluation) -> str:
+    """Where the memory of the fullest rank goes in the best layout."""
+    held = best.fullest
+    activations = best.peak_bytes - held.total
+    parts = {
+        "weights": held.weights,
+        "gradients": held.gradients,
+        "optimizer": held.optimizer,
+        "activations at the peak": activations,
+    }
+    return "fullest rank: " + ", ".join(f"{name} {value / 1e9:.1f} GB" for name, value in parts.items())
+
+
 def overhead_text(config: RunConfig, overhead: Overhead) -> str:
     """The overhead and its parts, the largest named."""
     kind = config.residual.kind.value
@@ -89,6 +102,7 @@ def plan_text(
         f"{num_devices} x {device.name} on {cluster.name}: {found.num_layouts} layouts possible,"
         f" {found.num_fitting} may fit {machine.memory_budget / 1e9:.1f} GB, {len(found.best)} simulated",
         table(found.best[:rows]),
+        memory_text(found.best[0]),
         overhead_text(config, overhead),
         "assumptions:\n" + "\n".join(f"  {line}" for line in ASSUMPTIONS),
         "constants:\n" + "\n".join(f"  {name} = {c.value:g}: {c.source}" for name, c in cluster.constants()),

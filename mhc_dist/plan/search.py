@@ -7,20 +7,20 @@ from dataclasses import dataclass, replace
 from functools import lru_cache
 
 from mhc_dist.config import ResidualKind, RunConfig
+from mhc_dist.parallel.recompute import best_block
 from mhc_dist.pipeline.schedules.coarse import CoarseSchedule
-from mhc_dist.pipeline.schedules.registry import SCHEDULES
+from mhc_dist.pipeline.schedules.registry import SCHEDULES, SIMULATED_ONLY
 from mhc_dist.pipeline.unit_costs import peak_live
 from mhc_dist.plan.costs import CostModel
 from mhc_dist.plan.evaluate import Evaluation, cached_schedule, evaluate
-from mhc_dist.plan.layout import Layout, best_block, chunk_shapes
+from mhc_dist.plan.layout import Layout, chunk_shapes
 from mhc_dist.plan.machine import Machine
 
 NUM_SIMULATED = 12
 """Layouts that are placed and simulated; the others are ruled out by their estimate. Every schedule gets at
 least one, so that none is judged by a guess alone."""
 
-PLANNED_SCHEDULES = tuple(name for name in sorted(SCHEDULES) if name != "dualpipe")
-"""dualpipe holds two copies of the model, which the optimizer engine does not keep in step."""
+PLANNED_SCHEDULES = tuple(sorted(SCHEDULES.keys() - SIMULATED_ONLY))
 
 HIDDEN_GUESS = {"dualpipev": 0.85, "zbv": 0.3, "zb1p": 0.3, "1f1b": 0.5, "gpipe": 0.3, "interleaved": 0.5}
 """Share of the all-to-all that placement hides: only for the order in which layouts are simulated."""

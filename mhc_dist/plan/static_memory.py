@@ -55,20 +55,33 @@ def held_by_rank(
     return held
 
 
-def static_bytes(
+@dataclass(frozen=True, slots=True)
+class StaticBytes:
+    """What a rank holds through the whole step."""
+
+    weights: int
+    gradients: int
+    optimizer: int
+
+    @property
+    def total(self) -> int:
+        return self.weights + self.gradients + self.optimizer
+
+
+def static_by_rank(
     config: RunConfig, layout: Layout, shapes: Shapes, chunk_rank: tuple[int, ...]
-) -> tuple[int, ...]:
+) -> list[StaticBytes]:
     """Weights, fp32 main gradients and this rank's shard of the optimizer state."""
     weight = 2 if config.train.precision == "bf16" else 4
-    resident = weight + MAIN_GRADIENT_BYTES
     replicas = layout.data / layout.expert
-    return tuple(
-        round(
-            held.shared * (resident + OPTIMIZER_BYTES / layout.data)
-            + held.experts * (resident + OPTIMIZER_BYTES / replicas)
+    return [
+        StaticBytes(
+            weights=round(weight * (held.shared + held.experts)),
+            gradients=round(MAIN_GRADIENT_BYTES * (held.shared + held.experts)),
+            optimizer=round(OPTIMIZER_BYTES * (held.shared / layout.data + held.experts / replicas)),
         )
         for held in held_by_rank(config, layout, shapes, chunk_rank)
-    )
+    ]
 
 
 def gradient_seconds(

@@ -23,6 +23,10 @@ SCHEDULES: dict[str, Callable[[int, int], CoarseSchedule]] = {
     "zbv": zbv,
 }
 
+SIMULATED_ONLY = frozenset({"dualpipe"})
+"""Schedules that can be printed, validated and simulated, but not run: two copies of the model need an
+optimizer that adds the gradients of both, which the engine does not do."""
+
 
 def make_schedule(name: str, num_ranks: int, num_microbatches: int) -> CoarseSchedule:
     """The named schedule over `num_ranks` pipeline ranks; ValueError says what is possible instead."""
