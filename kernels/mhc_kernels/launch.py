@@ -269,7 +269,8 @@ def _apply(
     device = streams_TNC.device
     tiles = tiles_for(device_architecture(device), n, channels)
     mixed = update is not None and update.res_TNN is not None
-    blocks = triton.cdiv(channels, tiles.backward_apply.channels)
+    tile = tiles.post_backward if connection is None else tiles.backward_apply
+    blocks = triton.cdiv(channels, tile.channels)
     num_dots = n + (n * n if mixed else 0)
     d_streams_TNC = new_result(streams_TNC.shape, streams_TNC.dtype, device)
     d_y_TC = dots_BTK = None
@@ -309,9 +310,9 @@ def _apply(
         HAS_NEXT=connection is not None,
         MIXED=mixed,
         PRECISION=product_precision(streams_TNC, tiles),
-        BT=tiles.backward_apply.tokens,
-        BC=tiles.backward_apply.channels,
-        num_warps=tiles.backward_apply.num_warps,
+        BT=tile.tokens,
+        BC=tile.channels,
+        num_warps=tile.num_warps,
     )
     if dots_BTK is None:
         return d_streams_TNC, None, None, None

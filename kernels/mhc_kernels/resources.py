@@ -6,8 +6,8 @@ shared memory come from the compiler, the rest from the disassembly:
 spills        loads and stores of local memory (LDL, STL; scratch accesses on AMD) plus bytes of stack
 atomics       instructions that modify global memory atomically (RED, ATOM, ATOMG; global_atomic and kin).
               Shared-memory ATOMS, by which the compiler hands out tensor memory, are not among them.
-vector_bytes  widest access to global memory: 16 is the hardware's 128 bits. Streams are read and written with
-              it, coefficients (one float per token) are not; `accesses` counts every width.
+vector_bytes  width of the accesses to streams: the narrowest global access wider than 4 bytes (coefficients
+              are read as single floats); 16 is the hardware's 128 bits. `accesses` counts every width.
 """
 
 from __future__ import annotations
@@ -29,6 +29,7 @@ from mhc_kernels.offline import RecordedLaunch, compile_for, require_compiler, s
 from mhc_kernels.spec import ConnectionSpec, Mixing
 from mhc_kernels.tiles import ARCHITECTURES
 
+SCALAR_BYTES = 4
 NVIDIA_TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 
 
@@ -78,9 +79,13 @@ def nvidia_resources(launched: RecordedLaunch, channels: int, compiled: Any) -> 
         int(compiled.metadata.shared),
         stack + len(re.findall(r"\b(?:LDL|STL)\b", sass)),
         len(re.findall(r"\b(?:RED|ATOM|ATOMG)\.", sass)),
-        max((_nvidia_width(instruction) for instruction in accesses), default=0),
+        _stream_width([_nvidia_width(instruction) for instruction in accesses]),
         dict(sorted(accesses.items())),
     )
+
+
+def _stream_width(widths: list[int]) -> int:
+    return min((width for width in widths if width > SCALAR_BYTES), default=max(widths, default=0))
 
 
 def _nvidia_width(instruction: str) -> int:
@@ -119,7 +124,7 @@ def amd_resources(launched: RecordedLaunch, channels: int, compiled: Any) -> Ker
         int(compiled.metadata.shared),
         spilled + len(re.findall(r"\bscratch_(?:load|store)", assembly)),
         len(re.findall(r"\b(?:global|buffer|flat)_atomic", assembly)),
-        max((width(instruction) for instruction in accesses), default=0),
+        _stream_width([width(instruction) for instruction in accesses]),
         dict(sorted(accesses.items())),
     )
 

@@ -27,6 +27,7 @@ class TileSet(NamedTuple):
     streams: Tile
     backward_dots: Tile
     backward_apply: Tile
+    post_backward: Tile
     project_splits: int
     precision: str
     """Input precision of the matrix products for bf16 streams; fp32 streams always use `ieee`."""
@@ -59,6 +60,7 @@ def tiles_for(architecture: str, num_streams: int, channels: int) -> TileSet:
         streams=Tile(8, 128, 4),
         backward_dots=Tile(1, row, row_warps),
         backward_apply=Tile(16, 64 if num_streams <= 4 else 32, 8),
+        post_backward=Tile(16, 128, 8),
         project_splits=2,
         precision="ieee" if amd else "tf32",
     )

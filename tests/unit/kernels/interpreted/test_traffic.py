@@ -8,7 +8,7 @@ import pytest
 import torch
 import triton  # type: ignore[import-untyped]
 import triton.language as tl  # type: ignore[import-untyped]
-from mhc_kernels import interpreted, launch, traffic
+from mhc_kernels import formula, interpreted, launch, traffic
 from mhc_kernels.seam import ConnectionSpec, Mixing
 from mhc_kernels.tiles import Tile, TileSet, tiles_for
 
@@ -35,12 +35,21 @@ def measured(num_streams: int, mixing: Mixing, channels: int, dtype: torch.dtype
 
 
 def check_formula(num_streams: int, mixing: Mixing, dtype: torch.dtype) -> None:
-    """forward: x, y in, x' out, x' in, h out = 3n+2. backward: x', dh; then g, dh, x, y in, dx, dy out = 4n+4.
+    """forward: x, y in, x' out, x' in, h out = 3n+2. backward: x', dh; g, dh, x, y in, dx, dy out = 4n+4.
     recompute of one sublayer more: y in, x' and h out = n+2."""
     report = measured(num_streams, mixing, CHANNELS, dtype)
     streams = {name: phase["streams"] for name, phase in report["phases"].items()}
     n = num_streams
     assert streams == {"forward": 3 * n + 2, "backward": 4 * n + 4, "recompute": n + 2}
+    tiles, item = launch.tiles_for("sm_90", n, CHANNELS), torch.empty(0, dtype=dtype).element_size()
+    spec = ConnectionSpec(num_streams=n, mixing=mixing)
+    expected = {
+        "forward": formula.forward(CHANNELS, spec, tiles, item),
+        "backward": formula.backward(CHANNELS, spec, tiles, item, token_splits=1),
+        "recompute": formula.recompute(CHANNELS, spec, item),
+    }
+    for name, moved in expected.items():
+        assert report[name] * CHANNELS * item == moved.per_token, name
 
 
 def test_streams_move_as_often_as_the_formula_says() -> None:
@@ -60,8 +69,8 @@ def test_formula_of_other_connections(n: int, mixing: Mixing, dtype: torch.dtype
 
 
 def test_everything_counted_is_below_the_promise() -> None:
-    """Oracle: the project's promise, 14.5 + 24 + 6.2 C with all coefficients, extrapolated to C = 1280 from two
-    widths: bytes per token that are not streams are a constant, but for the partial dots, a share of C."""
+    """Oracle: the project's promise, 14.5 + 24 + 6.2 C with all coefficients, extrapolated to C = 1280 from
+    two widths: bytes per token that are not streams are a constant, but for the partial dots."""
     narrow = measured(4, Mixing.SINKHORN, CHANNELS, torch.bfloat16)
     wide = measured(4, Mixing.SINKHORN, 2 * CHANNELS, torch.bfloat16)
     promises = {"forward": 14.5, "backward": 24.0, "recompute": 6.2}
