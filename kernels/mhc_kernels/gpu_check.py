@@ -1,8 +1,8 @@
 """Checks that need a GPU: `python -m mhc_kernels.gpu_check [--output results/kernels]`.
 
 Parity of every kernel with the fp64 reference on the device, bit-equality of recompute and of two runs, and
-timings by `triton.testing.do_bench`, written with the device's name. Without a GPU it says so, loudly, and ends
-with status 0 having checked nothing; `--require` makes that an error.
+timings by `triton.testing.do_bench`, written with the device's name. Without a GPU it says so, loudly, and
+ends with status 0 having checked nothing; `--require` makes that an error.
 """
 
 from __future__ import annotations

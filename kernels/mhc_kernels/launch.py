@@ -271,12 +271,13 @@ def _apply(
     mixed = update is not None and update.res_TNN is not None
     tile = tiles.post_backward if connection is None else tiles.backward_apply
     blocks = triton.cdiv(channels, tile.channels)
-    num_dots = n + (n * n if mixed else 0)
     d_streams_TNC = new_result(streams_TNC.shape, streams_TNC.dtype, device)
-    d_y_TC = dots_BTK = None
+    d_y_TC = d_post_BTN = d_res_BTNN = None
     if update is not None:
         d_y_TC = new_result((num_tokens, channels), streams_TNC.dtype, device)
-        dots_BTK = new_result((blocks, num_tokens, num_dots), torch.float32, device)
+        d_post_BTN = new_result((blocks, num_tokens, n), torch.float32, device)
+    if mixed:
+        d_res_BTNN = new_result((blocks, num_tokens, n, n), torch.float32, device)
     d_h, gain, used_pre, rstd, h_dot, shrink, d_projection = behind or (None,) * 7
     d_phi, d_gain = partial_parameter_gradients or (None,) * 2
     spec = None if connection is None else connection.spec
@@ -296,7 +297,8 @@ def _apply(
         None if connection is None else connection.phi_MD,
         d_streams_TNC,
         d_y_TC,
-        dots_BTK,
+        d_post_BTN,
+        d_res_BTNN,
         d_phi,
         d_gain,
         num_tokens,
@@ -314,11 +316,12 @@ def _apply(
         BC=tile.channels,
         num_warps=tile.num_warps,
     )
-    if dots_BTK is None:
-        return d_streams_TNC, None, None, None
-    dots_TK = reduce_partials(dots_BTK)
-    d_res_TNN = dots_TK[:, n:].view(num_tokens, n, n) if mixed else None
-    return d_streams_TNC, d_y_TC, dots_TK[:, :n], d_res_TNN
+    return (
+        d_streams_TNC,
+        d_y_TC,
+        None if d_post_BTN is None else reduce_partials(d_post_BTN),
+        None if d_res_BTNN is None else reduce_partials(d_res_BTNN),
+    )
 
 
 def reduce_partials(partial: Tensor) -> Tensor:

@@ -1,8 +1,9 @@
 """Time a sublayer's connection must take at least: `python -m mhc_kernels.roofline --cluster h100`.
 
 DERIVED, not measured: bytes from formula.py (equal to the counted ones) over the share of a device's memory
+DERIVED, not measured: bytes from formula.py (equal to the counted ones) over the share of a device's memory
 bandwidth that its cluster file assumes. It says how long the bytes take if everything else is hidden, no more.
-`--cluster` is a cluster file or the name of one in configs/clusters.
+`--cluster` is such a file or the name of one in configs/clusters.
 """
 
 from __future__ import annotations

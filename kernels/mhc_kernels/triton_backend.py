@@ -45,10 +45,8 @@ def _empty(like: Tensor) -> Tensor:
     return like.new_empty(0)
 
 
-def _separate(gradients: Sequence[Tensor | None], like: Tensor) -> list[Tensor]:
-    """Results of an operation may not share memory, but dpost and dres come as slices of one array."""
-    present = [_empty(like) if gradient is None else gradient for gradient in gradients]
-    return [gradient.clone() if gradient._base is not None else gradient for gradient in present]
+def _all_present(gradients: Sequence[Tensor | None], like: Tensor) -> list[Tensor]:
+    return [_empty(like) if gradient is None else gradient for gradient in gradients]
 
 
 def _or_none(tensor: Tensor) -> Tensor | None:
@@ -170,7 +168,7 @@ def seam_backward(
         ),
         SeamGradients(d_streams_TNC, d_h_TC, d_pre_TN, d_post_TN, d_res_TNN),
     )
-    return _separate(gradients, phi_MD)
+    return _all_present(gradients, phi_MD)
 
 
 @seam_backward.register_fake
@@ -217,7 +215,7 @@ def update_backward(
     streams_TNC: Tensor, y_TC: Tensor, post_TN: Tensor, res_TNN: Tensor | None, gradient_TNC: Tensor
 ) -> list[Tensor]:
     gradients = launch.update_backward(streams_TNC, Update(y_TC, post_TN, res_TNN), gradient_TNC)
-    return _separate(gradients, post_TN)
+    return _all_present(gradients, post_TN)
 
 
 @update_backward.register_fake

@@ -41,7 +41,8 @@ def backward_apply_kernel(
     phi_ptr,  # (M, N*C) fp32
     d_x_ptr,  # (T, N, C)
     d_y_ptr,  # (T, C)
-    dots_ptr,  # (C / BC, T, N + N*N) fp32: partial dpost, dres
+    d_post_ptr,  # (C / BC, T, N) fp32: partial sums over channels
+    d_res_ptr,  # (C / BC, T, N, N) fp32
     d_phi_ptr,  # (TOKEN_SPLITS, M, N*C) fp32
     d_gain_ptr,  # (TOKEN_SPLITS, C) fp32
     num_tokens,
@@ -62,7 +63,6 @@ def backward_apply_kernel(
     col_ok = cols < C
     coefficient = tl.arange(0, M_PAD)
     coefficient_ok = coefficient < M
-    num_dots: tl.constexpr = N + (N * N if MIXED else 0)
     n_index = tl.arange(0, N)
     num_rows = num_tokens.to(tl.int64)
 
@@ -133,16 +133,17 @@ def backward_apply_kernel(
         # `totals` is the gradient of x'. Push it through the update.
         d_x_tile = d_x_ptr + first * (N * C) + stream_offsets
         if HAS_UPDATE:
-            dots = dots_ptr + (channel_block * num_rows + first) * num_dots + rows[:, None] * num_dots
-            tl.store(dots + n_index[None, :], stream_dots(y, totals, N), mask=row_ok[:, None])
+            block_first = channel_block * num_rows + first
+            d_posts = d_post_ptr + block_first * N + rows[:, None] * N + n_index[None, :]
+            tl.store(d_posts, stream_dots(y, totals, N), mask=row_ok[:, None])
             d_y = tl.zeros((BT, BC), dtype=tl.float32)
             for o in tl.static_range(N):
                 d_y += load_again(post_ptr + first * N + o, rows, row_ok, N)[:, None] * totals[o]
             tl.store(d_y_ptr + first * C + row_offsets, d_y.to(d_y_ptr.dtype.element_ty), mask=mask)
         if MIXED:
+            d_ress = d_res_ptr + block_first * (N * N) + rows[:, None] * (N * N) + n_index[None, :]
             for o in tl.static_range(N):
-                d_res_o = stream_dots(totals[o], xs, N)
-                tl.store(dots + (N + o * N) + n_index[None, :], d_res_o, mask=row_ok[:, None])
+                tl.store(d_ress + o * N, stream_dots(totals[o], xs, N), mask=row_ok[:, None])
             for i in tl.static_range(N):
                 d_x = tl.zeros((BT, BC), dtype=tl.float32)
                 for o in tl.static_range(N):
