@@ -118,7 +118,8 @@ class ScheduleConfig(Section):
 class RecomputeConfig(Section):
     """What is dropped after the forward and regenerated before the backward."""
 
-    mode: Literal["none"] = "none"
+    mode: Literal["none", "mhc", "full"] = "none"
+    """mhc: streams and sublayer inputs (paper, 4.3.2); full: everything but the inputs of phases."""
     block: Literal["auto"] | PositiveInt = "auto"
 
 

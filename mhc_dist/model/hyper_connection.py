@@ -15,11 +15,11 @@ H_res travel from a sublayer's entry to its exit as a `Mix`.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import torch
 from mhc_kernels.seam import Connection as SeamParameters
-from mhc_kernels.seam import ConnectionSpec, Mixing, SeamBackend
+from mhc_kernels.seam import ConnectionSpec, Mixing, Seam, SeamBackend
 from torch import Tensor, nn
 
 from mhc_dist.config import ModelConfig, ResidualConfig, ResidualKind
@@ -38,6 +38,28 @@ class Entry(NamedTuple):
 
     streams_TNC: Tensor
     h_TC: Tensor
+    mix: Mix
+
+
+class SeamTape(Protocol):
+    """Told of every seam as it is computed, so that someone else can regenerate it."""
+
+    def seam(self, streams_TNC: Tensor, update: Update | None, seam: Seam, gain_C: Tensor) -> None:
+        """`streams_TNC` and `update` went in, `seam` came out; `gain_C` is the entered sublayer's."""
+        ...
+
+
+class TapeHolder:
+    """The tape that is running now, if any; shared by the connections of a chunk."""
+
+    def __init__(self) -> None:
+        self.tape: SeamTape | None = None
+
+
+class Update(NamedTuple):
+    """The exit of a sublayer: its output and how that rejoins the streams."""
+
+    y_TC: Tensor
     mix: Mix
 
 
@@ -114,6 +136,7 @@ class ManifoldConnection(SublayerConnection):
         super().__init__()
         self.spec = seam_spec(config, residual)
         self.backend = backend
+        self.holder = TapeHolder()
         self.phi_MD = nn.Parameter(
             torch.empty(self.spec.num_coefficients, residual.num_streams * config.hidden_size)
         )
@@ -130,16 +153,27 @@ class ManifoldConnection(SublayerConnection):
 
     def enter(self, streams_TNC: Tensor) -> Entry:
         seam = self.backend.open(streams_TNC, self._parameters_of_seam())
+        if self.holder.tape is not None:
+            self.holder.tape.seam(streams_TNC, None, seam, self.norm_gain)
         return Entry(seam.streams_TNC, seam.h_TC, Mix(seam.post_TN, seam.res_TNN))
 
     def cross(self, streams_TNC: Tensor, y_TC: Tensor, mix: Mix) -> Entry:
         assert mix.post_TN is not None
         seam = self.backend.cross(streams_TNC, y_TC, mix.post_TN, mix.res_TNN, self._parameters_of_seam())
+        if self.holder.tape is not None:
+            self.holder.tape.seam(streams_TNC, Update(y_TC, mix), seam, self.norm_gain)
         return Entry(seam.streams_TNC, seam.h_TC, Mix(seam.post_TN, seam.res_TNN))
 
     def leave(self, streams_TNC: Tensor, y_TC: Tensor, mix: Mix) -> Tensor:
         assert mix.post_TN is not None
         return self.backend.close(streams_TNC, y_TC, mix.post_TN, mix.res_TNN)
+
+
+def attach_holder(module: nn.Module, holder: TapeHolder) -> None:
+    """Let all connections of `module` that know tapes use the tape of `holder`."""
+    for child in module.modules():
+        if isinstance(child, ManifoldConnection):
+            child.holder = holder
 
 
 def seam_spec(config: ModelConfig, residual: ResidualConfig) -> ConnectionSpec:

@@ -48,13 +48,15 @@ class _Linear(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x_TI: Tensor, weight_OI: nn.Parameter, queue: DeferredWork | None) -> Tensor:
-        ctx.save_for_backward(x_TI, weight_OI)
-        ctx.queue = queue
+        ctx.save_for_backward(x_TI)
+        # Not among the saved tensors: hooks on those may hand out a copy, and the queue needs the parameter.
+        ctx.weight, ctx.queue = weight_OI, queue
         return x_TI @ weight_OI.t()
 
     @staticmethod
     def backward(ctx: Any, grad_TO: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
-        x_TI, weight_OI = ctx.saved_tensors
+        (x_TI,) = ctx.saved_tensors
+        weight_OI: nn.Parameter = ctx.weight
         queue: DeferredWork | None = ctx.queue
         grad_x = grad_TO @ weight_OI if ctx.needs_input_grad[0] else None
         if not ctx.needs_input_grad[1]:
@@ -85,8 +87,8 @@ class _GroupedLinear(torch.autograd.Function):
     def forward(
         ctx: Any, x_RI: Tensor, weight_EOI: nn.Parameter, counts: list[int], queue: DeferredWork | None
     ) -> Tensor:
-        ctx.save_for_backward(x_RI, weight_EOI)
-        ctx.counts, ctx.queue = counts, queue
+        ctx.save_for_backward(x_RI)
+        ctx.weight, ctx.counts, ctx.queue = weight_EOI, counts, queue
         y_RO = x_RI.new_empty(x_RI.shape[0], weight_EOI.shape[1])
         for x, y, weight in zip(x_RI.split(counts), y_RO.split(counts), weight_EOI, strict=True):
             if x.shape[0]:
@@ -95,7 +97,8 @@ class _GroupedLinear(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad_RO: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
-        x_RI, weight_EOI = ctx.saved_tensors
+        (x_RI,) = ctx.saved_tensors
+        weight_EOI: nn.Parameter = ctx.weight
         counts: list[int] = ctx.counts
         queue: DeferredWork | None = ctx.queue
         grad_x = None

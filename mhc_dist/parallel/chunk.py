@@ -23,13 +23,14 @@ from mhc_kernels.seam import SeamBackend
 from torch import Tensor, nn
 
 from mhc_dist.config import RunConfig
-from mhc_dist.model.hyper_connection import Entry, Mix, SublayerConnection
+from mhc_dist.model.hyper_connection import Entry, Mix, SublayerConnection, TapeHolder, attach_holder
 from mhc_dist.model.language_model import Embedding, Head
 from mhc_dist.model.layer import Layer
 from mhc_dist.model.linear import attach_queue
 from mhc_dist.model.moe import MixtureOfExperts, permute, plan_rows, unpermute
 from mhc_dist.parallel.expert_exchange import ArrivalPlan, ExpertExchange, sort_by_expert, sort_by_sender
 from mhc_dist.parallel.layout import ChunkPlace, chunk_shape, expert_layers
+from mhc_dist.parallel.seam_keeper import SeamKeeper
 from mhc_dist.pipeline.action import ItemShape, PhaseShape
 from mhc_dist.pipeline.phase import Exchange, Item, Phase, WeightQueue
 
@@ -71,10 +72,19 @@ class ModelChunk(nn.Module):
         if place.is_last:
             self.head = Head(config)
         self.index = place.index
+        self.backend = backend
+        self.tape_holder = TapeHolder()
+        attach_holder(self, self.tape_holder)
         self.weight_queue = WeightQueue()
         attach_queue(self, self.weight_queue)
         self.shape = chunk_shape(config, place)
         self.items: tuple[Item, ...] = tuple(self._item(shape) for shape in self.shape.items)
+
+    def make_keeper(self) -> SeamKeeper | None:
+        """What lets this chunk's phases drop streams; None when they drop all or nothing."""
+        if self.config.recompute.mode != "mhc":
+            return None
+        return SeamKeeper(self.backend, self.tape_holder)
 
     def _item(self, shape: ItemShape) -> Item:
         kind, _, number = shape.name.partition(".")

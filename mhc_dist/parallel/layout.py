@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from mhc_dist.config import RunConfig
 from mhc_dist.parallel.partition import partition
+from mhc_dist.parallel.recompute import apply_recompute
 from mhc_dist.pipeline.action import (
     CHUNK_INPUT,
     CHUNK_OUTPUT,
@@ -64,4 +65,5 @@ def chunk_shape(config: RunConfig, place: ChunkPlace) -> ChunkShape:
     # After the last experts only the head has matrices; a chunk without experts runs all its layers here.
     has_weights = place.is_last or not expert_layers(config, place)
     items.append(PhaseShape("finish", reads, (CHUNK_OUTPUT,), has_weights=has_weights))
-    return ChunkShape(tuple(items))
+    num_sublayers = 2 * (place.last_layer - place.first_layer)
+    return apply_recompute(config, ChunkShape(tuple(items)), num_sublayers)

@@ -151,7 +151,7 @@ class _Run:
                 assert self._step_end is not None, "the program steps the optimizer but none was given"
                 self._step_end.step()
             case ActionKind.RECOMPUTE:
-                raise AssertionError("chunks of this run drop nothing, so there is nothing to recompute")
+                self._of(action).recompute(self._phase(action))
         return 0
 
     def check_finished(self) -> None:

@@ -8,6 +8,8 @@ the layers themselves save for their backward stays in memory.
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Sequence
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -64,6 +66,8 @@ class LiveMicrobatch:
         self._segments: dict[str, dict[str, GradientEdge]] = {}
         self._pending: dict[tuple[str, Pass], PendingExchange] = {}
         self._constants: dict[str, tuple[Any, ...]] = {}
+        self._keeper = chunk.make_keeper() if training else None
+        self._replays: dict[str, list[Any]] = {}
         self._anchor = torch.empty(0, requires_grad=True) if training else None
 
     # Values
@@ -89,25 +93,38 @@ class LiveMicrobatch:
     def compute(self, phase: Phase) -> None:
         """Run a phase forward; in training, record its segment."""
         values = self._read(phase.shape.reads)
-        if not self.training:
+        if self.training and not (phase.shape.drops and self._keeper is None):
+            outputs = self._run_segment(phase, values)
+        else:
             with torch.no_grad():
                 outputs = phase.run(*values)
-        else:
-            with torch.enable_grad():
-                entries = [
-                    self._enter(name, value) for name, value in zip(phase.shape.reads, values, strict=True)
-                ]
-                del values
-                outputs = phase.run(*entries)
-                del entries
-        edges: dict[str, GradientEdge] = {}
+            if self.training:
+                self._replays[phase.shape.name] = values
         for name, output in zip(phase.shape.writes, outputs, strict=True):
-            if isinstance(output, Tensor):
-                if output.requires_grad:
-                    edges[name] = get_gradient_edge(output)
-                output = output.detach()
-            self.put(name, output)
-        self._segments[phase.shape.name] = edges
+            self.put(name, output.detach() if isinstance(output, Tensor) else output)
+
+    def recompute(self, phase: Phase) -> None:
+        """Bring back what the forward of a phase dropped."""
+        if self._keeper is not None:
+            self._keeper.regenerate(phase.shape)
+        else:
+            self._run_segment(phase, self._replays.pop(phase.shape.name))
+
+    def _run_segment(self, phase: Phase, values: list[Any]) -> Sequence[Any]:
+        """Run a phase under autograd and keep the ends of its graph."""
+        drops = phase.shape.drops and self._keeper is not None
+        recording = self._keeper.recording(phase.shape) if drops and self._keeper else nullcontext()
+        with torch.enable_grad(), recording:
+            entries = [
+                self._enter(name, value) for name, value in zip(phase.shape.reads, values, strict=True)
+            ]
+            outputs = phase.run(*entries)
+        self._segments[phase.shape.name] = {
+            name: get_gradient_edge(output)
+            for name, output in zip(phase.shape.writes, outputs, strict=True)
+            if isinstance(output, Tensor) and output.requires_grad
+        }
+        return outputs
 
     def _enter(self, name: str, value: Any) -> Any:
         if isinstance(value, Tensor) and value.is_floating_point():
@@ -128,6 +145,8 @@ class LiveMicrobatch:
         finally:
             if defer_weights:
                 queue.close()
+        if phase.shape.drops and self._keeper is not None:
+            self._keeper.forget(phase.shape)
 
     def weight(self, phase: Phase) -> None:
         self.chunk.weight_queue.run(self.key(phase.shape.name))
@@ -164,7 +183,12 @@ class LiveMicrobatch:
 
     def check_finished(self) -> None:
         """Nothing may be left when the program frees this microbatch: a leak would grow every step."""
-        left = [*self._segments, *(f"{name}.{way}" for name, way in self._pending), *self._constants]
+        left = [
+            *self._segments,
+            *self._replays,
+            *(f"{name}.{way}" for name, way in self._pending),
+            *self._constants,
+        ]
         assert not (self.training and left), (
             f"chunk {self.chunk.index} microbatch {self.microbatch}: left {left}"
         )

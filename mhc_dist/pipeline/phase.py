@@ -7,6 +7,7 @@ a few lines of arithmetic.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -93,10 +94,32 @@ class WeightQueue:
         return sum(len(works) for works in self._pending.values())
 
 
+class Keeper(Protocol):
+    """Lets phases of one microbatch drop part of what their backward needs, and brings it back."""
+
+    def recording(self, phase: PhaseShape) -> AbstractContextManager[None]:
+        """Wraps the forward of `phase`: what it saves for its backward passes through here."""
+        ...
+
+    def regenerate(self, phase: PhaseShape) -> None:
+        """Bring back what the forward of `phase` dropped; after that of `phase.recompute_after`."""
+        ...
+
+    def forget(self, phase: PhaseShape) -> None:
+        """The backward of `phase` is over."""
+        ...
+
+
 class Chunk(Protocol):
-    """A chunk of the model on this rank."""
+    """A chunk of the model on this rank.
+
+    `make_keeper()` gives the keeper of one microbatch. None means that phases that drop do so wholly: only
+    their inputs stay, and RECOMPUTE runs the phase once more.
+    """
 
     index: int
     shape: ChunkShape
     items: tuple[Item, ...]
     weight_queue: WeightQueue
+
+    def make_keeper(self) -> Keeper | None: ...

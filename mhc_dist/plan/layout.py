@@ -6,13 +6,15 @@ from dataclasses import dataclass
 
 from mhc_dist.config import RecomputeConfig, ResidualKind, RunConfig
 from mhc_dist.parallel.layout import ChunkPlace, chunk_places, chunk_shape
-from mhc_dist.parallel.recompute import drop_streams
+from mhc_dist.parallel.recompute import drop_everything, drop_streams
 from mhc_dist.pipeline.action import ChunkShape
 
 
 @dataclass(frozen=True, slots=True)
 class Layout:
-    """recompute_block: sublayers per block whose streams are regenerated; None keeps everything."""
+    """recompute_block: sublayers per block whose streams are regenerated; None keeps them.
+    recompute_everything: phases keep their inputs only, and run again before their backward.
+    """
 
     schedule: str
     pipeline: int
@@ -20,13 +22,23 @@ class Layout:
     data: int
     num_microbatches: int
     recompute_block: int | None = None
+    recompute_everything: bool = False
 
     @property
     def num_devices(self) -> int:
         return self.pipeline * self.data
 
+    @property
+    def recompute_text(self) -> str:
+        """`-` for nothing, a block length, or `full`."""
+        if self.recompute_everything:
+            return "full"
+        return "-" if self.recompute_block is None else str(self.recompute_block)
+
     def __str__(self) -> str:
-        block = "no recompute" if self.recompute_block is None else f"block {self.recompute_block}"
+        block = {"-": "no recompute", "full": "full recompute"}.get(
+            self.recompute_text, f"recompute in blocks of {self.recompute_text}"
+        )
         return (
             f"{self.schedule} pipeline={self.pipeline} data={self.data} expert={self.expert}"
             f" microbatches={self.num_microbatches}, {block}"
@@ -41,15 +53,22 @@ class Shapes:
     chunks: tuple[ChunkShape, ...]
 
 
-def chunk_shapes(config: RunConfig, num_chunks: int, recompute_block: int | None) -> Shapes:
-    """The run's chunks; phases that cross connections drop and regenerate in blocks, if asked to."""
+def planned_shapes(config: RunConfig, num_chunks: int, layout: Layout) -> Shapes:
+    """The run's chunks with what `layout` recomputes, whatever the run's own recompute section says."""
     places = chunk_places(config, num_chunks)
     kept = config.model_copy(update={"recompute": RecomputeConfig(mode="none")})
     chunks = []
     for place in places:
-        # The plan chooses the block, whatever the run's own recompute section says.
         shape = chunk_shape(kept, place)
-        if recompute_block is not None and config.residual.kind is not ResidualKind.RESIDUAL:
-            shape = drop_streams(shape, recompute_block)
+        if layout.recompute_everything:
+            shape = drop_everything(shape)
+        elif layout.recompute_block is not None and config.residual.kind is not ResidualKind.RESIDUAL:
+            shape = drop_streams(shape, layout.recompute_block)
         chunks.append(shape)
     return Shapes(places, tuple(chunks))
+
+
+def own_shapes(config: RunConfig, num_chunks: int) -> Shapes:
+    """The run's chunks exactly as its configuration has them: what the executor runs."""
+    places = chunk_places(config, num_chunks)
+    return Shapes(places, tuple(chunk_shape(config, place) for place in places))

@@ -13,7 +13,7 @@ from mhc_dist.pipeline.schedules.registry import SCHEDULES, SIMULATED_ONLY
 from mhc_dist.pipeline.unit_costs import peak_live
 from mhc_dist.plan.costs import CostModel
 from mhc_dist.plan.evaluate import Evaluation, cached_schedule, evaluate
-from mhc_dist.plan.layout import Layout, chunk_shapes
+from mhc_dist.plan.layout import Layout, planned_shapes
 from mhc_dist.plan.machine import Machine
 
 NUM_SIMULATED = 12
@@ -71,18 +71,21 @@ def possible_layouts(config: RunConfig, num_devices: int, schedules: tuple[str, 
                 continue
             for expert in divisors(data):
                 if config.model.num_experts % expert == 0:
-                    for block in recompute_choices(config, num_chunks):
-                        yield Layout(name, pipeline, expert, data, num_microbatches, block)
+                    plain = Layout(name, pipeline, expert, data, num_microbatches)
+                    yield plain
+                    yield replace(plain, recompute_everything=True)
+                    for block in recompute_blocks(config, num_chunks):
+                        yield replace(plain, recompute_block=block)
 
 
-def recompute_choices(config: RunConfig, num_chunks: int) -> list[int | None]:
-    """Nothing, single layers, the block that keeps least, whole chunks."""
+def recompute_blocks(config: RunConfig, num_chunks: int) -> list[int]:
+    """Single layers, the block that keeps least, whole chunks."""
     if config.residual.kind is ResidualKind.RESIDUAL:
-        return [None]
+        return []
     sublayers = max(2, 2 * -(-config.model.num_layers // num_chunks))
     blocks = {2, best_block(sublayers, config.residual.num_streams), sublayers}
     # Phases of expert layers cross two connections, so blocks count in twos.
-    return [None, *sorted({max(2, block // 2 * 2) for block in blocks})]
+    return sorted({max(2, block // 2 * 2) for block in blocks})
 
 
 def divisors(number: int) -> list[int]:
@@ -148,7 +151,7 @@ def estimate(config: RunConfig, model: CostModel, layout: Layout) -> Estimate:
     """Work of the slowest rank, plus the schedule's published idle time, plus communication not hidden."""
     schedule = cached_schedule(layout.schedule, layout.pipeline, layout.num_microbatches)
     num_chunks = len(schedule.chunk_rank) // schedule.num_copies
-    shapes = chunk_shapes(config, num_chunks, layout.recompute_block)
+    shapes = planned_shapes(config, num_chunks, layout)
     costs = model.table(layout, shapes, schedule.chunk_rank)
     ranks = range(layout.pipeline)
     forward, inputs, weights, wire = ([0.0 for _ in ranks] for _ in range(4))
@@ -223,4 +226,4 @@ def nothing_fits(
 
 def same_layout(layout: Layout) -> Layout:
     """The layout without recomputation."""
-    return replace(layout, recompute_block=None)
+    return replace(layout, recompute_block=None, recompute_everything=False)

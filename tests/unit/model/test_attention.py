@@ -19,7 +19,9 @@ def plain(attention: LatentAttention, h_BLC: torch.Tensor) -> torch.Tensor:
     batch, length, _ = h_BLC.shape
     positions = torch.arange(length, dtype=torch.float64)
     frequencies = c.rope_theta ** (-torch.arange(0, c.rope_dim, 2, dtype=torch.float64) / c.rope_dim)
-    turn = torch.polar(torch.ones(length, c.rope_dim // 2, dtype=torch.float64), positions[:, None] * frequencies)
+    turn = torch.polar(
+        torch.ones(length, c.rope_dim // 2, dtype=torch.float64), positions[:, None] * frequencies
+    )
 
     def rope(x: torch.Tensor) -> torch.Tensor:
         pairs = torch.view_as_complex(x.double().unflatten(-1, (-1, 2)).contiguous())

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from itertools import combinations
+from itertools import combinations, pairwise
 
 import pytest
 from hypothesis import given
@@ -18,7 +18,7 @@ def all_splits(num_layers: int, num_chunks: int) -> list[list[int]]:
 
 
 def chunk_costs(costs: list[float], bounds: list[int], last_extra: float) -> list[float]:
-    sums = [sum(costs[a:b]) for a, b in zip(bounds, bounds[1:], strict=False)]
+    sums = [sum(costs[a:b]) for a, b in pairwise(bounds)]
     sums[-1] += last_extra
     return sums
 
@@ -42,7 +42,7 @@ def test_split_is_the_best_of_all(costs: list[float], num_chunks: int, last_extr
 def test_uneven_layers_are_spread() -> None:
     """Oracle: nine equal layers over four chunks leave no chunk with more than three or fewer than two."""
     bounds = split_layers([1.0] * 9, 4)
-    sizes = [b - a for a, b in zip(bounds, bounds[1:], strict=False)]
+    sizes = [b - a for a, b in pairwise(bounds)]
     assert sorted(sizes) == [2, 2, 2, 3]
 
 

@@ -16,13 +16,14 @@ from mhc_dist.model.flops import (
     head_flops_per_token,
     model_flops_per_token,
 )
+from mhc_dist.parallel.recompute import best_block
 from mhc_dist.pipeline.schedules.registry import make_schedule
 from mhc_dist.pipeline.validate import validate
 from mhc_dist.plan.charge import Charge
 from mhc_dist.plan.cluster import load_cluster
 from mhc_dist.plan.costs import CostModel, plain_residual
 from mhc_dist.plan.evaluate import build, evaluate
-from mhc_dist.plan.layout import Layout, best_block, chunk_shapes
+from mhc_dist.plan.layout import Layout, planned_shapes
 from mhc_dist.plan.machine import Machine
 from mhc_dist.plan.overhead import overhead
 from mhc_dist.plan.report import plan_json, plan_text
@@ -96,7 +97,7 @@ def test_phases_cover_the_whole_model(config_name: str, name: str) -> None:
     )
     model = CostModel(config, Machine(machine.cluster.model_copy(update={"device": fast})))
     schedule = make_schedule(name, 4, 16)
-    shapes = chunk_shapes(config, len(schedule.chunk_rank), None)
+    shapes = planned_shapes(config, len(schedule.chunk_rank), LAYOUT)
     layout = Layout(name, 4, 1, 1, 16)
     costs = model.table(layout, shapes, schedule.chunk_rank, Charge(kernels=False))
     rate = 9.894e14 * device.matmul_efficiency.value
@@ -110,7 +111,7 @@ def test_static_memory_holds_every_parameter_once() -> None:
     """Oracle: the parameter count. With one expert group of one, ranks together hold the model."""
     config = config_of("paper_27b")
     schedule = make_schedule("dualpipev", 4, 8)
-    shapes = chunk_shapes(config, 8, None)
+    shapes = planned_shapes(config, 8, LAYOUT)
     held = held_by_rank(config, Layout("dualpipev", 4, 1, 1, 8), shapes, schedule.chunk_rank)
     assert sum(h.shared + h.experts for h in held) == pytest.approx(count_parameters(config).total)
 
@@ -156,9 +157,12 @@ def test_recompute_trades_time_for_memory() -> None:
     """Oracle: the formula's saving: with whole-chunk blocks almost all (n + 2) rows per sublayer go."""
     config, machine = config_of("paper_27b"), machine_of("h800")
     kept = evaluate(config, machine, LAYOUT)
+    everything = evaluate(config, machine, replace(LAYOUT, recompute_everything=True))
     dropped = evaluate(config, machine, replace(LAYOUT, recompute_block=4))
     assert dropped.peak_bytes < kept.peak_bytes
     assert dropped.step_seconds >= kept.step_seconds
+    assert everything.peak_bytes < dropped.peak_bytes
+    assert everything.step_seconds > 1.1 * dropped.step_seconds
     assert dropped.summary.recompute_seconds > 0
     # A rank holds about P + 1/2 microbatches of two chunks of about four layers, two sublayers each.
     row = 4096 * 2560 * 2
