@@ -96,34 +96,43 @@ class CostModel:
         backward_values = tokens * (2 * work.values + rows_backward * width)
         linear = self._matmul_seconds(work.linear * tokens, layout)
         scores = self._attention_seconds(work.scores * tokens, layout)
-        kept_rows = crossings * connection.kept
-        dropped_rows = 0.0
-        if shape.drops:
-            dropped_rows = crossings * (connection.kept - connection.kept_anyway)
-            kept_rows = crossings * connection.kept_anyway
-            if not shape.recompute_after:
-                kept_rows += connection.block_start
-        recompute = self._value_seconds(tokens * crossings * connection.recompute * width)
+        forward = linear + scores + self._value_seconds(forward_values) + projection
         row_bytes = tokens * width * self.value_bytes
-        input_rows = crossings  # each crossing makes one normalised row, the input of the next matrices
+        work_bytes = tokens * work.kept * self.value_bytes
+        kept_bytes, dropped_bytes, recompute = work_bytes + crossings * connection.kept * row_bytes, 0.0, 0.0
+        if shape.drops and layout.recompute_everything:
+            kept_bytes, dropped_bytes, recompute = self._input_rows(shape) * row_bytes, kept_bytes, forward
+        elif shape.drops:
+            dropped_bytes = crossings * (connection.kept - connection.kept_anyway) * row_bytes
+            kept_bytes -= dropped_bytes
+            if not shape.recompute_after:
+                kept_bytes += connection.block_start * row_bytes
+            recompute = self._value_seconds(tokens * crossings * connection.recompute * width)
+        # Each crossing makes one normalised row, the input of the next matrices.
+        weight_inputs = tokens * work.weight_inputs * self.value_bytes + crossings * row_bytes
         return PhaseCost(
-            forward=linear + scores + self._value_seconds(forward_values) + projection,
+            forward=forward,
             input_gradient=linear
             + SCORES_BACKWARD * scores
             + self._value_seconds(backward_values)
             + 2 * projection,
             weight_gradient=linear if shape.has_weights else 0.0,
-            recompute=recompute if shape.drops and charge.recompute else 0.0,
-            saved_bytes=round(tokens * work.kept * self.value_bytes + kept_rows * row_bytes),
-            dropped_bytes=round(dropped_rows * row_bytes),
-            weight_input_bytes=round(
-                tokens * work.weight_inputs * self.value_bytes
-                + (0 if shape.drops else input_rows * row_bytes)
-            ),
-            output_gradient_bytes=round(
-                tokens * work.gradients * self.value_bytes + (input_rows * row_bytes if shape.drops else 0)
-            ),
+            recompute=recompute if charge.recompute else 0.0,
+            saved_bytes=round(kept_bytes),
+            dropped_bytes=round(dropped_bytes),
+            weight_input_bytes=round(min(weight_inputs, kept_bytes + dropped_bytes)),
+            output_gradient_bytes=round(tokens * work.gradients * self.value_bytes),
         )
+
+    def _input_rows(self, shape: PhaseShape) -> float:
+        """Rows C per token that a phase reads: what full recomputation keeps."""
+        m, n = self.config.model, self.config.residual.num_streams
+        kind = shape.name.partition(".")[0]
+        if kind == "experts":
+            return m.num_active_experts
+        if kind == "shared":
+            return 1
+        return n if CHUNK_INPUT in shape.reads else n + m.num_active_experts + 1
 
     def _parts(self, place: ChunkPlace, shape: PhaseShape) -> _Parts:
         """Which sublayers a phase of `parallel.chunk` runs."""

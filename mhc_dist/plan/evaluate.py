@@ -16,7 +16,7 @@ from mhc_dist.pipeline.simulate import Simulation
 from mhc_dist.pipeline.summary import Summary, summarize
 from mhc_dist.plan.charge import Charge
 from mhc_dist.plan.costs import CostModel
-from mhc_dist.plan.layout import Layout, chunk_shapes
+from mhc_dist.plan.layout import Layout, planned_shapes
 from mhc_dist.plan.machine import Machine
 from mhc_dist.plan.static_memory import StaticBytes, static_by_rank
 
@@ -62,7 +62,7 @@ def build(config: RunConfig, machine: Machine, layout: Layout, charge: Charge | 
     """Place and simulate one step of `layout`."""
     schedule = cached_schedule(layout.schedule, layout.pipeline, layout.num_microbatches)
     num_chunks = len(schedule.chunk_rank) // schedule.num_copies
-    shapes = chunk_shapes(config, num_chunks, layout.recompute_block)
+    shapes = planned_shapes(config, num_chunks, layout)
     costs = CostModel(config, machine).table(layout, shapes, schedule.chunk_rank, charge)
     placement = Placement(memory_budget=machine.memory_budget)
     program = place(schedule, shapes.chunks, costs, placement)

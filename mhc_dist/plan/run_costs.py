@@ -11,15 +11,16 @@ from mhc_dist.pipeline.calibrate import calibrate
 from mhc_dist.pipeline.cost import CostTable
 from mhc_dist.pipeline.perfetto import read_events
 from mhc_dist.pipeline.place import Placement, place
+from mhc_dist.pipeline.schedules.coarse import CoarseSchedule
 from mhc_dist.pipeline.validate import validate
 from mhc_dist.plan.calibration import Calibration, compare
 from mhc_dist.plan.costs import CostModel
 from mhc_dist.plan.evaluate import cached_schedule
-from mhc_dist.plan.layout import Layout, chunk_shapes
+from mhc_dist.plan.layout import Layout, own_shapes
 from mhc_dist.plan.machine import Machine
 
 
-def layout_of(config: RunConfig, recompute_block: int | None = None) -> Layout:
+def layout_of(config: RunConfig) -> Layout:
     """The layout that the configuration itself asks for."""
     parallel, schedule = config.parallel, config.schedule
     return Layout(
@@ -28,34 +29,31 @@ def layout_of(config: RunConfig, recompute_block: int | None = None) -> Layout:
         parallel.expert,
         parallel.data,
         schedule.num_microbatches,
-        recompute_block,
+        recompute_everything=config.recompute.mode == "full",
     )
 
 
-def run_costs(config: RunConfig, machine: Machine, recompute_block: int | None = None) -> CostTable:
+def run_costs(config: RunConfig, machine: Machine) -> CostTable:
     """Predicted costs of the run's own chunks."""
-    layout = layout_of(config, recompute_block)
-    schedule = cached_schedule(layout.schedule, layout.pipeline, layout.num_microbatches)
-    num_chunks = len(schedule.chunk_rank) // schedule.num_copies
-    shapes = chunk_shapes(config, num_chunks, recompute_block)
-    return CostModel(config, machine).table(layout, shapes, schedule.chunk_rank)
+    schedule = schedule_of(config)
+    shapes = own_shapes(config, len(schedule.chunk_rank) // schedule.num_copies)
+    return CostModel(config, machine).table(layout_of(config), shapes, schedule.chunk_rank)
+
+
+def schedule_of(config: RunConfig) -> CoarseSchedule:
+    return cached_schedule(config.schedule.name, config.parallel.pipeline, config.schedule.num_microbatches)
 
 
 def placed_program(
-    config: RunConfig,
-    machine: Machine,
-    placement: Placement | None = None,
-    recompute_block: int | None = None,
+    config: RunConfig, machine: Machine, placement: Placement | None = None, costs: CostTable | None = None
 ) -> Program:
-    """The run's own program, its phases placed by predicted (or calibrated) costs, and validated.
+    """The run's own program, its phases placed by `costs` (by default the predicted ones), and validated.
 
     Deterministic: every process that calls it with the same arguments gets the same program.
     """
-    layout = layout_of(config, recompute_block)
-    schedule = cached_schedule(layout.schedule, layout.pipeline, layout.num_microbatches)
-    num_chunks = len(schedule.chunk_rank) // schedule.num_copies
-    shapes = chunk_shapes(config, num_chunks, recompute_block)
-    program = place(schedule, shapes.chunks, run_costs(config, machine, recompute_block), placement)
+    schedule = schedule_of(config)
+    shapes = own_shapes(config, len(schedule.chunk_rank) // schedule.num_copies)
+    program = place(schedule, shapes.chunks, costs or run_costs(config, machine), placement)
     validate(program)
     return program
 
@@ -65,8 +63,6 @@ def calibration_from_trace(config: RunConfig, machine: Machine, trace: Path) -> 
     if not trace.is_file():
         raise ValueError(f"no trace file {trace}.")
     predicted = run_costs(config, machine)
-    schedule = cached_schedule(
-        config.schedule.name, config.parallel.pipeline, config.schedule.num_microbatches
-    )
+    schedule = schedule_of(config)
     layout = ProgramLayout(schedule.chunk_rank, schedule.num_microbatches, schedule.num_copies)
     return compare(predicted, calibrate(predicted, read_events(trace), layout))
