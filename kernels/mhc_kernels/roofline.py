@@ -2,8 +2,8 @@
 
 DERIVED, not measured: bytes from formula.py (equal to the counted ones) over the share of a device's memory
 DERIVED, not measured: bytes from formula.py (equal to the counted ones) over the share of a device's memory
-bandwidth that its cluster file assumes. It says how long the bytes take if everything else is hidden, no more.
-`--cluster` is such a file or the name of one in configs/clusters.
+bandwidth that its cluster file assumes. It says how long the bytes take if everything else is hidden, not
+more. `--cluster` is such a file or the name of one in configs/clusters.
 """
 
 from __future__ import annotations

@@ -59,7 +59,7 @@ def tiles_for(architecture: str, num_streams: int, channels: int) -> TileSet:
         mix_pre=Tile(row_tokens, row, mix_warps),
         streams=Tile(8, 128, 4),
         backward_dots=Tile(1, row, row_warps),
-        backward_apply=Tile(16, 64 if num_streams <= 4 else 32, 8),
+        backward_apply=Tile(16, 32, 2) if amd else Tile(16, 64 if num_streams <= 4 else 32, 8),
         post_backward=Tile(16, 128, 8),
         project_splits=2,
         precision="ieee" if amd else "tf32",
