@@ -34,11 +34,19 @@ def placed_gradients(rank: int, config: RunConfig) -> case.Gradients:
     return case.rank_gradients(rank, config)
 
 
-@pytest.mark.parametrize("schedule", ["1f1b", "zb1p", "zbv", "dualpipev", "interleaved", "gpipe"])
-def test_gradients_are_bit_equal_to_the_plain_lowering(schedule: str) -> None:
+@pytest.mark.parametrize(
+    ("schedule", "recompute"),
+    [
+        *((name, "none") for name in ("1f1b", "zb1p", "zbv", "dualpipev", "interleaved", "gpipe")),
+        *((name, mode) for name in ("dualpipev", "zbv") for mode in ("mhc", "full")),
+    ],
+)
+def test_gradients_are_bit_equal_to_the_plain_lowering(schedule: str, recompute: str) -> None:
     """Oracle: the plain lowering of the same schedule on the same ranks, bit for bit."""
     config = small_config(
-        parallel={"pipeline": 2, "data": 2, "expert": 2}, schedule={"name": schedule, "num_microbatches": 6}
+        parallel={"pipeline": 2, "data": 2, "expert": 2},
+        schedule={"name": schedule, "num_microbatches": 6},
+        recompute={"mode": recompute},
     )
     placed, plain = slow_link_program(config), case.make_program(config)
     assert [a for a in placed.actions[0] if a.kind is not ActionKind.RECV] != [
