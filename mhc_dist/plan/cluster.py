@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal
 
@@ -86,14 +87,21 @@ def _constants(prefix: str, section: BaseModel) -> list[tuple[str, Constant]]:
     return found
 
 
-def load_cluster(name_or_path: str, folder: Path = Path("configs/clusters")) -> Cluster:
-    """A cluster file by path, or by name from `folder`. ValueError says what is wrong and where."""
+CLUSTER_FOLDERS = (Path("configs/clusters"), Path(__file__).resolve().parents[2] / "configs/clusters")
+"""Where names are looked up: under the current folder, then beside the package."""
+
+
+def load_cluster(name_or_path: str, folders: Sequence[Path] = CLUSTER_FOLDERS) -> Cluster:
+    """A cluster file by path, or by name from `folders`. ValueError says what is wrong and where."""
     path = Path(name_or_path)
     if not path.suffix:
-        path = folder / f"{name_or_path}.yaml"
+        candidates = [folder / f"{name_or_path}.yaml" for folder in folders]
+        path = next((candidate for candidate in candidates if candidate.is_file()), candidates[0])
     if not path.is_file():
-        known = ", ".join(sorted(p.stem for p in folder.glob("*.yaml"))) or "none"
-        raise ValueError(f"no cluster file {path}. Known clusters in {folder}: {known}; or give a path.")
+        known = sorted({p.stem for folder in folders for p in folder.glob("*.yaml")})
+        raise ValueError(
+            f"no cluster file {path}. Known clusters: {', '.join(known) or 'none'}; or give a path."
+        )
     try:
         content = yaml.safe_load(path.read_text())
     except yaml.YAMLError as error:

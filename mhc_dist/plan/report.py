@@ -64,6 +64,19 @@ def _row(evaluation: Evaluation) -> tuple[str, ...]:
     )
 
 
+def boundaries_text(found: Search) -> str:
+    """What other chunk boundaries would bring."""
+    if not found.rebalanced:
+        return "chunk boundaries: the run's own are the best found"
+    best, other = found.best[0], found.rebalanced[0]
+    cuts = " ".join(map(str, other.layout.boundaries or ()))
+    change = other.step_seconds / best.step_seconds - 1.0
+    return (
+        f"chunk boundaries balanced by rank, {cuts}: {other.layout} would take"
+        f" {other.step_seconds:.4g} s, {change:+.1%} against the best above"
+    )
+
+
 def memory_text(best: Evaluation) -> str:
     """Where the memory of the fullest rank goes in the best layout."""
     held = best.fullest
@@ -103,6 +116,7 @@ def plan_text(
         f" {found.num_fitting} may fit {machine.memory_budget / 1e9:.1f} GB, {len(found.best)} simulated",
         table(found.best[:rows]),
         memory_text(found.best[0]),
+        boundaries_text(found),
         overhead_text(config, overhead),
         "assumptions:\n" + "\n".join(f"  {line}" for line in ASSUMPTIONS),
         "constants:\n" + "\n".join(f"  {name} = {c.value:g}: {c.source}" for name, c in cluster.constants()),
@@ -110,9 +124,21 @@ def plan_text(
     return "\n\n".join(parts)
 
 
-def plan_json(best: Evaluation, overhead: Overhead) -> dict[str, object]:
+def plan_json(found: Search, overhead: Overhead) -> dict[str, object]:
     """The best layout under the names others rely on."""
+    best = found.best[0]
     layout, summary = best.layout, best.summary
+    rebalanced = None
+    if found.rebalanced:
+        other = found.rebalanced[0]
+        rebalanced = {
+            "schedule": other.layout.schedule,
+            "pipeline": other.layout.pipeline,
+            "expert": other.layout.expert,
+            "data": other.layout.data,
+            "boundaries": other.layout.boundaries,
+            "step_seconds": other.step_seconds,
+        }
     return {
         "schedule": layout.schedule,
         "pipeline": layout.pipeline,
@@ -132,4 +158,5 @@ def plan_json(best: Evaluation, overhead: Overhead) -> dict[str, object]:
         "overhead_ratio": overhead.ratio,
         "overhead_ratio_same_layout": overhead.ratio_in_same_layout,
         "overhead_breakdown": overhead.breakdown,
+        "rebalanced": rebalanced,
     }

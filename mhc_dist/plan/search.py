@@ -7,18 +7,22 @@ from dataclasses import dataclass, replace
 from functools import lru_cache
 
 from mhc_dist.config import ResidualKind, RunConfig
+from mhc_dist.parallel.partition import partition
 from mhc_dist.parallel.recompute import best_block
 from mhc_dist.pipeline.schedules.coarse import CoarseSchedule
 from mhc_dist.pipeline.schedules.registry import SCHEDULES, SIMULATED_ONLY
 from mhc_dist.pipeline.unit_costs import peak_live
 from mhc_dist.plan.costs import CostModel
 from mhc_dist.plan.evaluate import Evaluation, cached_schedule, evaluate
-from mhc_dist.plan.layout import Layout, planned_shapes
+from mhc_dist.plan.layout import Layout, balanced_boundaries, planned_shapes
 from mhc_dist.plan.machine import Machine
 
 NUM_SIMULATED = 12
 """Layouts that are placed and simulated; the others are ruled out by their estimate. Every schedule gets at
 least one, so that none is judged by a guess alone."""
+
+NUM_REBALANCED = 5
+"""Of the best layouts, how many are simulated with other chunk boundaries too."""
 
 PLANNED_SCHEDULES = tuple(sorted(SCHEDULES.keys() - SIMULATED_ONLY))
 
@@ -37,9 +41,12 @@ class Estimate:
 
 @dataclass(frozen=True)
 class Search:
-    """best: fastest first, all within memory. num_layouts: how many were possible at all."""
+    """best: fastest first, all within memory. num_layouts: how many were possible at all.
+    rebalanced: what the best would take with boundaries balanced by rank, where that differs; fastest first.
+    """
 
     best: tuple[Evaluation, ...]
+    rebalanced: tuple[Evaluation, ...]
     num_layouts: int
     num_fitting: int
 
@@ -110,7 +117,21 @@ def search(
     best = sorted(evaluations, key=lambda e: (e.step_seconds, str(e.layout)))
     if not best:
         raise NothingFitsError(nothing_fits(config, machine, num_devices, estimates, schedules))
-    return Search(tuple(best), len(estimates), len(fitting))
+    return Search(tuple(best), rebalance(config, machine, best), len(estimates), len(fitting))
+
+
+def rebalance(config: RunConfig, machine: Machine, best: list[Evaluation]) -> tuple[Evaluation, ...]:
+    """The best few layouts with other chunk boundaries: fastest first, those within memory."""
+    found = []
+    for evaluation in best[:NUM_REBALANCED]:
+        layout = evaluation.layout
+        chunk_rank = cached_schedule(layout.schedule, layout.pipeline, layout.num_microbatches).chunk_rank
+        boundaries = balanced_boundaries(config, chunk_rank)
+        if boundaries != tuple(partition(config, len(chunk_rank))):
+            other = evaluate(config, machine, replace(layout, boundaries=boundaries))
+            if other.peak_bytes <= machine.memory_budget and other.step_seconds < evaluation.step_seconds:
+                found.append(other)
+    return tuple(sorted(found, key=lambda e: (e.step_seconds, str(e.layout))))
 
 
 def promising(estimates: list[Estimate]) -> list[list[Estimate]]:
