@@ -113,6 +113,9 @@ class ParallelConfig(Section):
 class ScheduleConfig(Section):
     name: str = "dualpipev"
     num_microbatches: PositiveInt = 4
+    cluster: str | None = None
+    """A cluster file, or its name in configs/clusters: phases are placed by its predicted costs, so that
+    computation runs while tokens fly. null runs them one after the other in the schedule's order."""
 
 
 class RecomputeConfig(Section):

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 def disagreements(config: RunConfig) -> list[str]:
     """One sentence per problem; an empty list means that the run is possible."""
-    checks = (_model, _residual, _experts, _schedule, _optimizer, _ports, _deepspeed)
+    checks = (_model, _residual, _experts, _schedule, _recompute, _optimizer, _ports, _deepspeed)
     return [problem for check in checks for problem in check(config)]
 
 
@@ -60,6 +60,16 @@ def _experts(config: RunConfig) -> Iterator[str]:
             f"parallel.expert={parallel.expert} does not divide model.num_experts={num_experts}: every"
             f" rank holds the same number of experts. Set parallel.expert to a divisor of {num_experts}, or"
             f" model.num_experts to {num_experts + parallel.expert - num_experts % parallel.expert}."
+        )
+
+
+def _recompute(config: RunConfig) -> Iterator[str]:
+    kind = config.residual.kind
+    if config.recompute.mode == "mhc" and kind not in ("mhc", "identity"):
+        yield (
+            f"recompute.mode=mhc regenerates the streams of hyper-connections, which residual.kind={kind}"
+            " does not have in a form it knows. Set recompute.mode to full or none, or residual.kind to mhc"
+            " or identity."
         )
 
 

@@ -31,7 +31,7 @@ from mhc_dist.observe.reporter import RunReporter, StepFigures
 from mhc_dist.parallel.agreement import check_agreement
 from mhc_dist.parallel.expert_balance import balance_routers
 from mhc_dist.parallel.process_groups import ProcessGroups, destroy, init_distributed, run_store
-from mhc_dist.parallel.program import RunPrograms, plan_run
+from mhc_dist.plan.run_programs import RunPrograms, plan_run
 from mhc_dist.topology import Topology
 from mhc_dist.worker import Worker
 
@@ -152,7 +152,8 @@ def describe(config: RunConfig, programs: RunPrograms, corpus: str, device: torc
     sizes, layers = config.parallel, [place.last_layer - place.first_layer for place in programs.places]
     return (
         f"{config.num_processes} processes: pipeline {sizes.pipeline} x data {sizes.data}, experts over"
-        f" {sizes.expert}; {config.schedule.name} with {config.schedule.num_microbatches} microbatches;"
+        f" {sizes.expert}; {config.schedule.name} with {config.schedule.num_microbatches} microbatches,"
+        f" {'in order' if config.schedule.cluster is None else f'placed for {config.schedule.cluster}'};"
         f" {len(layers)} chunks of {layers} layers on ranks {list(programs.training.chunk_rank)}\n"
         f"{config.residual.kind} with {config.residual.num_streams} streams, {config.kernels.backend}"
         f" kernels, {config.train.precision} on {device.type}, recompute {config.recompute.mode}\n"

@@ -16,11 +16,11 @@ from mhc_dist.data.batches import Sequences
 from mhc_dist.optim.deepspeed_engine import OptimizerEngine, StepOutcome
 from mhc_dist.parallel.expert_exchange import ExpertExchange
 from mhc_dist.parallel.process_groups import ProcessGroups
-from mhc_dist.parallel.program import RunPrograms
 from mhc_dist.parallel.stage import Stage
 from mhc_dist.pipeline.action import Action
 from mhc_dist.pipeline.executor import Executor, Microbatch
 from mhc_dist.pipeline.transport import GroupTransport
+from mhc_dist.plan.run_programs import RunPrograms
 from mhc_dist.topology import Topology
 
 STREAM_DTYPE = {"fp32": torch.float32, "bf16": torch.bfloat16}

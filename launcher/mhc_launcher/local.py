@@ -16,7 +16,7 @@ from collections.abc import Sequence
 
 from mhc_dist.config import RunConfig
 from mhc_dist.guard.exit_codes import ExitCode
-from mhc_dist.parallel.program import plan_run
+from mhc_dist.plan.run_programs import plan_run
 from mhc_launcher import run_folder
 from mhc_launcher.children import Ended, run_group
 from mhc_launcher.devices import gpus_for_run, threads_per_process

@@ -46,7 +46,8 @@ class _Slot:
     def drop(self, dropped: _Dropped) -> None:
         assert self.tensor is not None
         self.size, self.stride = self.tensor.size(), self.tensor.stride()
-        self.offset = self.tensor.storage_offset()
+        self.size, self.stride = self.tensor.size(), tuple(self.tensor.stride())
+        self.offset = int(self.tensor.storage_offset())
         self.dropped, self.tensor = dropped, None
 
 

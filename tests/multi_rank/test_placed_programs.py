@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import pytest
 import torch
 
@@ -16,12 +14,10 @@ from mhc_dist.plan.run_costs import placed_program
 from tests.multi_rank.harness import run_ranks
 from tests.small import small_config
 
-CLUSTERS = Path(__file__).parents[2] / "configs" / "clusters"
-
 
 def slow_link_program(config: RunConfig) -> Program:
     """Placed for a link so slow that placement moves whatever it may."""
-    cluster = load_cluster("laptop", CLUSTERS)
+    cluster = load_cluster("laptop")
     link = cluster.node_link.model_copy(
         update={"bytes_per_second": cluster.node_link.bytes_per_second.model_copy(update={"value": 2e7})}
     )

@@ -25,8 +25,8 @@ from mhc_dist.model.moe import Experts, MixtureOfExperts
 from mhc_dist.optim.learning_rate import learning_rate
 from mhc_dist.optim.parameter_groups import cast_to_bf16, decays
 from mhc_dist.parallel.process_groups import ProcessGroups
-from mhc_dist.parallel.program import plan_run
 from mhc_dist.parallel.stage import logical_name
+from mhc_dist.plan.run_programs import plan_run
 from mhc_dist.topology import Topology
 from mhc_dist.train import train_step
 from mhc_dist.worker import Worker

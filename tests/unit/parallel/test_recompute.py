@@ -12,11 +12,11 @@ from torch import Tensor
 
 from mhc_dist.config import RunConfig
 from mhc_dist.parallel.expert_exchange import ExpertExchange
-from mhc_dist.parallel.program import plan_run
 from mhc_dist.parallel.recompute import best_block
 from mhc_dist.parallel.stage import Stage
 from mhc_dist.pipeline.action import Action, ActionKind
 from mhc_dist.pipeline.executor import Executor, Microbatch, StepOutput
+from mhc_dist.plan.run_programs import plan_run
 from tests.small import random_sequences, small_config
 
 
