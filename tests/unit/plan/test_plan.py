@@ -233,7 +233,7 @@ def test_malformed_cluster_files(content: str, reason: str, tmp_path: Path) -> N
 
 def test_bad_cluster_numbers_and_names() -> None:
     """Oracle: the reason written here by hand."""
-    with pytest.raises(ValueError, match=r"Known clusters in .*: b200, h100, h800, laptop"):
+    with pytest.raises(ValueError, match="Known clusters: b200, h100, h800, laptop"):
         load_cluster("h9000")
 
 
