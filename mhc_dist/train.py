@@ -10,6 +10,7 @@ import argparse
 import contextlib
 import hashlib
 import json
+import os
 import platform
 import sys
 import time
@@ -23,6 +24,7 @@ from mhc_launcher.bootstrap import RankEnvironment, read_rank_environment
 from mhc_dist.config import RunConfig, dump_config, load_config
 from mhc_dist.data.batches import Batches, Sequences, ValidationWindows
 from mhc_dist.data.bigram import Bigram
+from mhc_dist.data.token_files import check_vocabulary
 from mhc_dist.data.tokens import default_cache_folder, open_tokens
 from mhc_dist.guard.exit_codes import ExitCode
 from mhc_dist.guard.peers import PeerWatch, WatchLimits
@@ -34,6 +36,9 @@ from mhc_dist.parallel.process_groups import ProcessGroups, destroy, init_distri
 from mhc_dist.plan.run_programs import RunPrograms, plan_run
 from mhc_dist.topology import Topology
 from mhc_dist.worker import Worker
+
+OPENING_SECONDS = 3600.0
+"""A large folder of text is encoded once, by one rank of a host, while the others wait for its lock."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -47,7 +52,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         device = init_distributed(place, config.train.backend, config.train.timeout_seconds)
         limits = WatchLimits(action_seconds=config.train.timeout_seconds)
-        with PeerWatch(run_store(), place.rank, place.world_size, inbox=inbox, limits=limits) as watch:
+        # torchrun's agent may host the store in a process of its own.
+        store_rank = None if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True" else 0
+        with PeerWatch(
+            run_store(), place.rank, place.world_size, inbox=inbox, store_rank=store_rank, limits=limits
+        ) as watch:
             return train(config, place, device, watch)
     except ValueError as error:
         return _failed(config, place, ExitCode.USAGE, str(error))
@@ -66,15 +75,17 @@ def train(config: RunConfig, place: RankEnvironment, device: torch.device, watch
     topology = Topology(sizes.pipeline, sizes.data, sizes.expert, place.rank)
     topology.check_world_size(place.world_size)
     programs = plan_run(config)
-    groups = ProcessGroups.build(topology, config.train.timeout_seconds, programs.training.links)
+    watch.report_action("opening the corpus", may_take_seconds=OPENING_SECONDS)
     tokens = open_tokens(config.data, default_cache_folder())
-    check_agreement(run_facts(config, programs, tokens.fingerprint), groups.control)
+    check_vocabulary(tokens, config.model.vocab_size)
+    bigram = Bigram(tokens.train, config.model.vocab_size) if place.rank == 0 else None
+    check_agreement(run_facts(config, programs, tokens.fingerprint))
 
+    groups = ProcessGroups.build(topology, config.train.timeout_seconds, programs.training.links)
     worker = Worker.build(config, programs, topology, groups, device, watch.report_action)
     batches = Batches(tokens.train, config.data.sequence_length, config.data.seed, config.sequences_per_step)
     num_validated = config.sequences_per_step * config.train.validation_batches
     windows = ValidationWindows(tokens.validation, config.data.sequence_length, num_validated)
-    bigram = Bigram(tokens.train, config.model.vocab_size) if place.rank == 0 else None
 
     with RunReporter(config, topology, place.local_rank, place.local_world_size) as reporter:
         reporter.announce(describe(config, programs, tokens.description, device))

@@ -82,15 +82,10 @@ def shell_code(exit_code: int) -> int:
 def check_tokens(config: RunConfig) -> None:
     """Raise ValueError when the corpus cannot be used. Encodes it into the cache, once for all ranks."""
     # Imported here: `mhc-dist --help` needs no numpy.
+    from mhc_dist.data.token_files import check_vocabulary
     from mhc_dist.data.tokens import default_cache_folder, open_tokens
 
-    tokens = open_tokens(config.data, default_cache_folder())
-    if tokens.vocab_size > config.model.vocab_size:
-        raise ValueError(
-            f"model.vocab_size={config.model.vocab_size} is less than the {tokens.vocab_size} different"
-            f" tokens of data.corpus={config.data.corpus}. Set model.vocab_size to {tokens.vocab_size} or"
-            " more."
-        )
+    check_vocabulary(open_tokens(config.data, default_cache_folder()), config.model.vocab_size)
 
 
 def deepspeed_command(config: RunConfig, master_port: int, gpus: Sequence[str], trainer: str) -> list[str]:

@@ -15,23 +15,9 @@ from importlib import metadata
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, Info, disable_created_metrics
 
+from mhc_dist.pipeline.trace import StepPhase
+
 STEP_SECONDS_BUCKETS = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 25.0, 50.0, 100.0, 250.0)
-
-
-class StepPhase(StrEnum):
-    """Where a rank's wall time goes: exclusive, together the whole step."""
-
-    FORWARD = "forward"
-    BACKWARD = "backward"
-    WEIGHT_GRAD = "weight_grad"
-    RECOMPUTE = "recompute"
-    EXPOSED_ALL_TO_ALL = "exposed_all_to_all"
-    EXPOSED_P2P = "exposed_p2p"
-    BUBBLE = "bubble"
-    OPTIMIZER = "optimizer"
-    DATA = "data"
-    CHECKPOINT = "checkpoint"
-    OTHER = "other"
 
 
 class CommOp(StrEnum):

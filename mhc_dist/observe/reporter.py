@@ -19,10 +19,10 @@ import psutil
 from mhc_dist.config import RunConfig
 from mhc_dist.observe.exporter import start_exporter
 from mhc_dist.observe.loss_plot import plot_loss
-from mhc_dist.observe.metrics import CommOp, CommUse, RankLabels, RankStep, RunStep, StepPhase, TrainMetrics
+from mhc_dist.observe.metrics import CommOp, CommUse, RankLabels, RankStep, RunStep, TrainMetrics
 from mhc_dist.observe.progress import TrainProgress
 from mhc_dist.observe.run_log import RunLog
-from mhc_dist.pipeline.trace import Trace
+from mhc_dist.pipeline.trace import StepPhase, Trace
 from mhc_dist.topology import Topology
 
 SUMMARY_FILE = "summary.json"
@@ -153,7 +153,7 @@ def _rank_step(figures: StepFigures) -> RankStep:
     """Seconds by phase, adding up to the step: what the executor did not time is `other`."""
     seconds: dict[StepPhase, float] = defaultdict(float)
     for phase, value in figures.trace.phase_seconds().items():
-        seconds[StepPhase(phase.value)] += value
+        seconds[phase] += value
     seconds[StepPhase.DATA] += figures.data_seconds
     seconds[StepPhase.OTHER] += figures.seconds - sum(seconds.values())
     sent = figures.trace.payload_bytes()

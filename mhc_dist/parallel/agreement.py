@@ -8,14 +8,16 @@ from collections.abc import Mapping
 import torch.distributed as dist
 
 
-def check_agreement(facts: Mapping[str, str], group: dist.ProcessGroup) -> None:
-    """Compare named facts (versions, hashes) over the ranks of `group`; collective.
+def check_agreement(facts: Mapping[str, str]) -> None:
+    """Compare named facts (versions, hashes) over all ranks; collective over the world.
+
+    Called before any other process group is made: which ones there are may follow from what is compared.
 
     Raises:
         ValueError: on every rank alike, naming the fact, the ranks that differ from most, and both values.
     """
-    gathered: list[Mapping[str, str]] = [{} for _ in range(dist.get_world_size(group))]
-    dist.all_gather_object(gathered, dict(facts), group=group)
+    gathered: list[Mapping[str, str]] = [{} for _ in range(dist.get_world_size())]
+    dist.all_gather_object(gathered, dict(facts))
     for name in gathered[0]:
         values = [facts_of_rank.get(name, "unknown") for facts_of_rank in gathered]
         ((common, _),) = Counter(values).most_common(1)

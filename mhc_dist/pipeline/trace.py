@@ -18,7 +18,10 @@ class StepPhase(StrEnum):
     RECOMPUTE = "recompute"
     EXPOSED_ALL_TO_ALL = "exposed_all_to_all"
     EXPOSED_P2P = "exposed_p2p"
+    BUBBLE = "bubble"
     OPTIMIZER = "optimizer"
+    DATA = "data"
+    CHECKPOINT = "checkpoint"
     OTHER = "other"
 
 

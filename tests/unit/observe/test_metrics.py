@@ -6,7 +6,8 @@ import pytest
 from prometheus_client import generate_latest
 from prometheus_client.parser import text_string_to_metric_families
 
-from mhc_dist.observe.metrics import CommOp, CommUse, RankLabels, RankStep, RunStep, StepPhase, TrainMetrics
+from mhc_dist.observe.metrics import CommOp, CommUse, RankLabels, RankStep, RunStep, TrainMetrics
+from mhc_dist.pipeline.trace import StepPhase
 
 LABELS = RankLabels(global_rank=3, node="node1", pp_stage=1, dp_rank=1, ep_rank=1)
 
