@@ -25,7 +25,6 @@ def run_interpreted(file: str, marker: str) -> None:
         "pytest",
         "-p",
         "no:xdist",
-        "-q",
         "-m",
         marker,
         str(FOLDER / file),
@@ -36,6 +35,7 @@ def run_interpreted(file: str, marker: str) -> None:
     assert "passed" in done.stdout or done.returncode == nothing_selected
 
 
+@pytest.mark.timeout(600)
 @pytest.mark.parametrize("file", FILES)
 def test_interpreted(file: str) -> None:
     """Oracle: the assertions of the file itself, run under Triton's interpreter."""
@@ -43,6 +43,7 @@ def test_interpreted(file: str) -> None:
 
 
 @pytest.mark.long
+@pytest.mark.timeout(1800)
 @pytest.mark.parametrize("file", FILES)
 def test_interpreted_long(file: str) -> None:
     """Oracle: the assertions of the file itself; the long sweeps."""

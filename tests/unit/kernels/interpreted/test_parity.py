@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator
 
 import pytest
 import torch
-from mhc_kernels import interpreted, launch
+from mhc_kernels import launch
 from mhc_kernels.seam import ConnectionSpec, Mixing, SeamBackend, make_backend
-from mhc_kernels.tiles import Tile, TileSet, tiles_for
+from mhc_kernels.tiles import tiles_for
 
 from tests.unit.kernels.seam_cases import (
     ALL_SPECS,
@@ -17,36 +16,12 @@ from tests.unit.kernels.seam_cases import (
     Inputs,
     chain,
     gradients,
-    kept_of,
     make_inputs,
     relative_error,
     widened,
 )
 
-
-def nan_filled(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
-    return torch.full(tuple(shape), float("nan"), dtype=dtype, device=device)
-
-
-def quick_tiles(architecture: str, num_streams: int, channels: int) -> TileSet:
-    """The table's tiles with more tokens per row program: the interpreter pays per program."""
-    tiles = tiles_for(architecture, num_streams, channels)
-    return tiles._replace(
-        mix_pre=Tile(16, tiles.mix_pre.channels, 4), backward_dots=Tile(16, tiles.backward_dots.channels, 4)
-    )
-
-
-@pytest.fixture(autouse=True)
-def _poisoned(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    monkeypatch.setattr(launch, "new_result", nan_filled)
-    monkeypatch.setattr(launch, "tiles_for", quick_tiles)
-    with interpreted.rounded_like_a_device():
-        yield
-
-
-@pytest.fixture
-def backend() -> SeamBackend:
-    return make_backend("triton")
+pytestmark = pytest.mark.usefixtures("poisoned")
 
 
 def check_fp32(backend: SeamBackend, inputs: Inputs) -> None:
@@ -72,9 +47,9 @@ def test_fp32_parity(backend: SeamBackend, spec: ConnectionSpec) -> None:
     check_fp32(backend, make_inputs(Case(17, 64, spec), torch.float32))
 
 
-@pytest.mark.parametrize(("num_tokens", "channels"), [(1, 192), (64, 192)])
+@pytest.mark.parametrize(("num_tokens", "channels"), [(1, 192), (33, 48)])
 def test_fp32_parity_of_other_shapes(backend: SeamBackend, num_tokens: int, channels: int) -> None:
-    """Oracle: the reference under fp64 autograd; one token, and C that is not a power of two."""
+    """Oracle: the reference under fp64 autograd; one token, several tiles, C that is not a power of two."""
     check_fp32(backend, make_inputs(Case(num_tokens, channels, ConnectionSpec(num_streams=4)), torch.float32))
 
 
@@ -136,82 +111,38 @@ def test_bf16_is_within_one_ulp(backend: SeamBackend, spec: ConnectionSpec) -> N
     place may differ. h is computed from the rounded x', so the oracle's is too."""
     inputs = make_inputs(Case(17, 64, spec), torch.bfloat16)
     exact = widened(inputs)
-    carried = torch.rand(17, spec.num_streams) if spec.shifted_pre else None
-    coefficients = [torch.rand(17, spec.num_streams), torch.rand(17, spec.num_streams, spec.num_streams)]
-    res_TNN = None if spec.mixing is Mixing.IDENTITY else coefficients[1]
-    ours = backend.cross(
-        inputs.streams_TNC, inputs.ys[0], coefficients[0], res_TNN, inputs.connections[0], carried
+    generator = torch.Generator().manual_seed(2)
+    post_TN, rest_TNN, carried_TN = (
+        torch.rand(17, *shape, generator=generator) for shape in ((4,), (4, 4), (4,))
     )
+    carried = carried_TN if spec.shifted_pre else None
+    res_TNN = None if spec.mixing is Mixing.IDENTITY else rest_TNN
+    ours = backend.cross(inputs.streams_TNC, inputs.ys[0], post_TN, res_TNN, inputs.connections[0], carried)
     reference = make_backend("reference")
-    update = reference.close(
-        exact.streams_TNC,
-        exact.ys[0],
-        coefficients[0].double(),
-        None if res_TNN is None else res_TNN.double(),
-    )
+    wide_res = None if res_TNN is None else res_TNN.double()
+    update = reference.close(exact.streams_TNC, exact.ys[0], post_TN.double(), wide_res)
+    terms = reference.close(exact.streams_TNC.abs(), exact.ys[0].abs(), post_TN.double(), wide_res)
     wide_carried = None if carried is None else carried.double()
     theirs = reference.open(ours.streams_TNC.detach().double(), exact.connections[0], wide_carried)
-    assert ulps(ours.streams_TNC, update) <= 1
+    assert within_one_ulp(ours.streams_TNC, update, terms)
     assert (ours.streams_TNC == update.bfloat16()).float().mean() > 0.99
-    assert ulps(ours.h_TC, theirs.h_TC) <= 1
+    used_pre_TN = (ours.pre_TN if carried is None else carried).double()
+    scale_TC = ours.rstd_T.unsqueeze(1) * inputs.connections[0].gain_C.abs()
+    terms_TC = (used_pre_TN.unsqueeze(2) * ours.streams_TNC.abs().double()).sum(1) * scale_TC
+    assert within_one_ulp(ours.h_TC, theirs.h_TC, terms_TC)
     assert relative_error(ours.post_TN, theirs.post_TN) < 1e-6
 
 
-def ulps(value: torch.Tensor, oracle: torch.Tensor) -> int:
-    """Largest distance in bf16 steps; both signs on one scale."""
+def within_one_ulp(value: torch.Tensor, oracle: torch.Tensor, terms: torch.Tensor) -> bool:
+    """At most one bf16 step apart; where terms cancel, at most the rounding of the fp32 sum apart."""
 
     def position(tensor: torch.Tensor) -> torch.Tensor:
         bits = tensor.detach().to(torch.bfloat16).contiguous().view(torch.int16).int()
         return torch.where(bits < 0, -(bits & 0x7FFF), bits)
 
-    return int((position(value) - position(oracle)).abs().max())
-
-
-@pytest.mark.parametrize("spec", ALL_SPECS, ids=str)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
-def test_recompute_is_bit_equal(backend: SeamBackend, spec: ConnectionSpec, dtype: torch.dtype) -> None:
-    """Oracle: the forward's own tensors, bit for bit."""
-    inputs = make_inputs(Case(9, 64, spec), dtype, sublayers=3)
-    with torch.no_grad():
-        _, seams = chain(backend, inputs)
-    again = backend.recompute_block(inputs.streams_TNC.detach(), kept_of(inputs, seams))
-    for seam, regenerated in zip(seams, again, strict=True):
-        assert torch.equal(seam.streams_TNC, regenerated.streams_TNC)
-        assert torch.equal(seam.h_TC, regenerated.h_TC)
-
-
-@pytest.mark.parametrize("spec", [ALL_SPECS[0], ALL_SPECS[5]], ids=str)
-def test_program_order_does_not_matter(backend: SeamBackend, spec: ConnectionSpec) -> None:
-    """Oracle: the kernels in their usual order, bit for bit."""
-    inputs = make_inputs(Case(70, 192, spec), torch.float32, sublayers=1)
-    ordered, expected = chain(backend, inputs)[0], gradients(backend, inputs)
-    with interpreted.shuffled_programs(seed=7):
-        assert torch.equal(chain(backend, inputs)[0], ordered)
-        for name, grad in gradients(backend, inputs).items():
-            assert torch.equal(grad, expected[name]), name
-
-
-def test_a_changed_order_is_really_another_order() -> None:
-    """Oracle: a kernel whose result depends on the order; the shuffle must change it."""
-    orders = []
-    builder = interpreted.interpreter.interpreter_builder
-    with interpreted.shuffled_programs(seed=7):
-        builder.set_grid_dim(5, 3, 1)
-        for x, y in itertools.product(range(5), range(3)):
-            builder.set_grid_idx(x, y, 0)
-            orders.append(builder.grid_idx)
-    assert sorted(orders) == sorted(itertools.product(range(5), range(3), range(1)))
-    assert orders != sorted(orders)
-
-
-def test_non_finite_values_propagate(backend: SeamBackend) -> None:
-    """Oracle: IEEE arithmetic; one infinite token is non-finite afterwards and no other token is."""
-    inputs = make_inputs(Case(20, 64, ConnectionSpec(num_streams=4)), torch.float32)
-    with torch.no_grad():
-        inputs.streams_TNC[7, 2, 5] = float("inf")
-        out_TNC, _ = chain(backend, inputs)
-    assert not out_TNC[7].isfinite().any()
-    assert out_TNC[torch.arange(20) != 7].isfinite().all()
+    steps = (position(value) - position(oracle)).abs()
+    cancelled = (value.double() - oracle).abs() <= 1e-6 * terms
+    return bool(((steps <= 1) | cancelled).all())
 
 
 def test_collapse(backend: SeamBackend) -> None:
