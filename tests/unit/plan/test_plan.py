@@ -28,7 +28,7 @@ from mhc_dist.plan.machine import Machine
 from mhc_dist.plan.overhead import overhead
 from mhc_dist.plan.report import plan_json, plan_text
 from mhc_dist.plan.run_costs import calibration_from_trace
-from mhc_dist.plan.search import NothingFitsError, possible_layouts, search
+from mhc_dist.plan.search import NothingFitsError, Search, possible_layouts, search
 from mhc_dist.plan.static_memory import held_by_rank
 from mhc_dist.plan.work import (
     attention_work,
@@ -180,13 +180,16 @@ def test_recompute_trades_time_for_memory() -> None:
     assert 0.4 * most < kept.peak_bytes - dropped.peak_bytes < most
 
 
-def test_overhead_is_zero_without_hyper_connections() -> None:
+def test_overhead_is_zero_without_hyper_connections(monkeypatch: pytest.MonkeyPatch) -> None:
     """Oracle: a model compared with itself."""
     config = plain_residual(config_of("paper_27b"))
     machine = machine_of("h800")
-    cost = overhead(config, machine, 512, evaluate(config, machine, LAYOUT))
-    assert cost.ratio_in_same_layout == pytest.approx(0.0, abs=1e-12)
-    assert cost.breakdown["kernels"] == cost.breakdown["p2p"] == cost.breakdown["recompute"] == 0.0
+    chosen = evaluate(config, machine, LAYOUT)
+    alone = Search((chosen,), (), 1, 1)
+    monkeypatch.setattr("mhc_dist.plan.overhead.search", lambda *arguments: alone)
+    cost = overhead(config, machine, 512, chosen)
+    assert cost.ratio == cost.ratio_in_same_layout == pytest.approx(0.0, abs=1e-12)
+    assert set(cost.breakdown.values()) == {0.0}
 
 
 def test_layouts_keep_the_batch_and_divide_the_experts() -> None:
