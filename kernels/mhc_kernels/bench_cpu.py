@@ -9,8 +9,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
-import platform
 import statistics
 import time
 from collections.abc import Callable
@@ -19,6 +17,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from mhc_kernels.provenance import provenance
 from mhc_kernels.seam import BackendName, Connection, ConnectionSpec, SeamBackend, make_backend
 
 FORWARD_UNITS, BACKWARD_UNITS = 14, 20
@@ -104,9 +103,7 @@ def measure(backends: list[BackendName], num_tokens: int, channels: int, rounds:
         "channels": channels,
         "rounds": rounds,
         "threads": torch.get_num_threads(),
-        "load_average": os.getloadavg()[0],
-        "machine": platform.machine(),
-        "torch": torch.__version__,
+        "provenance": provenance("mhc_kernels.bench_cpu"),
         "bound": bound(problem),
         "backends": {
             name: {

@@ -176,12 +176,14 @@ def main() -> None:
                     flush=True,
                 )
     if arguments.json:
-        report = {"architecture": arguments.arch, "streams": arguments.streams, "dtype": arguments.dtype}
-        print(
-            json.dumps(
-                report | {"triton": triton.__version__, "kernels": [asdict(k) for k in kernels]}, indent=2
-            )
-        )
+        report = {
+            "architecture": arguments.arch,
+            "streams": arguments.streams,
+            "dtype": arguments.dtype,
+            "provenance": provenance("mhc_kernels.resources"),
+            "kernels": [asdict(kernel) for kernel in kernels],
+        }
+        print(json.dumps(report, indent=2))
 
 
 if __name__ == "__main__":

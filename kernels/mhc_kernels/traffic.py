@@ -23,6 +23,7 @@ from typing import Any
 import torch
 
 from mhc_kernels import interpreted, launch
+from mhc_kernels.provenance import provenance
 from mhc_kernels.seam_function import SeamGradients, Update
 from mhc_kernels.spec import Connection, ConnectionSpec, Kept, Mixing
 
@@ -264,7 +265,7 @@ def main() -> None:
     arguments = parser.parse_args()
     spec = ConnectionSpec(num_streams=arguments.streams, mixing=Mixing(arguments.mixing))
     dtype = torch.bfloat16 if arguments.dtype == "bf16" else torch.float32
-    report = measure(arguments.channels, spec, dtype)
+    report = measure(arguments.channels, spec, dtype) | {"provenance": provenance("mhc_kernels.traffic")}
     if arguments.json:
         print(json.dumps(report, indent=2))
     else:
