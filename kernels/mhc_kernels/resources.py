@@ -26,6 +26,7 @@ import torch
 import triton  # type: ignore[import-untyped]
 
 from mhc_kernels.offline import RecordedLaunch, compile_for, require_compiler, seam_launches
+from mhc_kernels.provenance import provenance
 from mhc_kernels.spec import ConnectionSpec, Mixing
 from mhc_kernels.tiles import ARCHITECTURES
 
