@@ -15,6 +15,7 @@ import typer
 
 from mhc_dist.config import RunConfig, dump_config, load_config
 from mhc_dist.guard.exit_codes import ExitCode
+from mhc_launcher.commands_bench import bench_app
 from mhc_launcher.commands_data import data_app
 from mhc_launcher.commands_schedule import plan_command, schedule_command
 
@@ -25,6 +26,7 @@ app = typer.Typer(
     add_completion=False,
 )
 app.add_typer(data_app, name="data")
+app.add_typer(bench_app, name="bench")
 
 ConfigPath = Annotated[
     Path, typer.Argument(metavar="CONFIG", help="A run's YAML file; examples are in configs/.")

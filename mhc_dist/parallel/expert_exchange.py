@@ -10,7 +10,7 @@ Shapes: G ranks in the group, E all experts, R rows leaving, S rows arriving, C 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import torch
 import torch.distributed as dist
@@ -31,6 +31,25 @@ class ArrivalPlan(NamedTuple):
     expert_counts: list[int]
 
 
+class Link(Protocol):
+    """Delays completion as a slow network would (`emulated_link`)."""
+
+    def send(self, payload_bytes: int) -> float: ...
+
+    def wait(self, landing: float) -> None: ...
+
+
+@dataclass(frozen=True)
+class _Landing:
+    """When an emulated link lets a transfer complete."""
+
+    link: Link
+    at: float
+
+    def wait(self) -> None:
+        self.link.wait(self.at)
+
+
 @dataclass
 class PendingCounts:
     """Row counts on their way. `wait` is the one point per layer where the host needs device data."""
@@ -39,10 +58,13 @@ class PendingCounts:
     sent_GE: Tensor
     received_GE: Tensor
     payload_bytes: int
+    landing: _Landing | None = None
 
     def wait(self) -> ArrivalPlan:
         if self.work is not None:
             self.work.wait()
+        if self.landing is not None:
+            self.landing.wait()
         return plan_arrival(self.sent_GE, self.received_GE)
 
 
@@ -54,10 +76,13 @@ class PendingRows:
     result: Tensor
     keep: Tensor
     payload_bytes: int
+    landing: _Landing | None = None
 
     def wait(self) -> Tensor:
         if self.work is not None:
             self.work.wait()
+        if self.landing is not None:
+            self.landing.wait()
         return self.result
 
 
@@ -100,6 +125,11 @@ class ExpertExchange:
         self.group_size = group_size
         self.num_local_experts = num_experts // group_size
         self._forward_group, self._backward_group = forward_group, backward_group
+        self._link: Link | None = None
+
+    def use_link(self, link: Link | None) -> None:
+        """Hold completions back as `link` says, from now on; None goes back to the real network."""
+        self._link = link
 
     def issue_counts(self, count_E: Tensor) -> PendingCounts:
         """Tell every rank how many rows each of its experts will get; count_E (E,) int64."""
@@ -108,8 +138,8 @@ class ExpertExchange:
             return PendingCounts(None, sent_GE, sent_GE, 0)
         received_GE = torch.empty_like(sent_GE)
         work = dist.all_to_all_single(received_GE, sent_GE, group=self._forward_group, async_op=True)
-        remote = self.group_size - 1
-        return PendingCounts(work, sent_GE, received_GE, remote * sent_GE[0].numel() * sent_GE.element_size())
+        payload_bytes = (self.group_size - 1) * sent_GE[0].numel() * sent_GE.element_size()
+        return PendingCounts(work, sent_GE, received_GE, payload_bytes, self._landing(payload_bytes))
 
     def issue_dispatch(self, rows_RC: Tensor, plan: ArrivalPlan) -> PendingRows:
         """Rows to their experts; arrives as (S, C)."""
@@ -136,7 +166,10 @@ class ExpertExchange:
         work = dist.all_to_all_single(result, rows, receive, send, group=group, async_op=True)
         local = send[dist.get_rank(group)]
         payload_bytes = (rows.shape[0] - local) * rows.shape[1] * rows.element_size()
-        return PendingRows(work, result, rows, payload_bytes)
+        return PendingRows(work, result, rows, payload_bytes, self._landing(payload_bytes))
+
+    def _landing(self, payload_bytes: int) -> _Landing | None:
+        return None if self._link is None else _Landing(self._link, self._link.send(payload_bytes))
 
 
 class _Reorder(torch.autograd.Function):

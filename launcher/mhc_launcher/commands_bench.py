@@ -1,0 +1,25 @@
+"""`mhc-dist bench NAME`: hands over to the module that measures, which needs torch."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+
+import typer
+
+bench_app = typer.Typer(no_args_is_help=True, help="Measure whole steps; variants alternate within one run.")
+
+PASS_ON = {"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []}
+
+
+@bench_app.command(context_settings=PASS_ON)
+def overlap(context: typer.Context) -> None:
+    """What placement hides of all-to-all and recomputation, on an emulated link (`--help` for options)."""
+    raise typer.Exit(_measure("mhc_dist.bench.overlap", context.args))
+
+
+def _measure(module: str, arguments: list[str]) -> int:
+    # One thread a rank, set before torch is imported: two ranks on two cores must not fight for them.
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    return subprocess.run([sys.executable, "-m", module, *arguments], env=environment, check=False).returncode
