@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import json
 import statistics
+import sys
 import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -22,9 +23,9 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-import torch.multiprocessing
 from mhc_kernels.seam import make_backend
 from torch import Tensor
+from torch.multiprocessing.spawn import spawn
 
 from mhc_dist.bench.hidden import HiddenReport, hidden_report
 from mhc_dist.bench.result import write_result
@@ -235,14 +236,14 @@ def run(config: RunConfig, ratio: float, rounds: int) -> dict[str, Any]:
     if config.parallel.pipeline != 1 or config.parallel.data != 2 or config.parallel.expert != 2:
         raise ValueError(
             f"the overlap bench runs 1 pipeline rank with experts over 2, not {config.parallel.pipeline} with"
-            f" {config.parallel.expert} of {config.parallel.data}. Set parallel.pipeline=1, parallel.data=2 and"
-            " parallel.expert=2."
+            f" {config.parallel.expert} of {config.parallel.data}. Set parallel.pipeline=1, parallel.data=2"
+            " and parallel.expert=2."
         )
     if not ratio > 0 or rounds < 1:
         raise ValueError(f"ratio={ratio} must be above 0 and rounds={rounds} at least 1.")
     with tempfile.TemporaryDirectory(prefix="bench_") as folder:
         result = Path(folder) / "figures.json"
-        torch.multiprocessing.spawn(
+        spawn(
             measure,
             (f"{folder}/store", config, ratio, rounds, result),
             nprocs=config.num_processes,
@@ -259,7 +260,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--results", type=Path, default=Path("results"))
     options = parser.parse_args(arguments)
-    figures = run(load_config(options.config, options.set), options.ratio, options.rounds)
+    try:
+        figures = run(load_config(options.config, options.set), options.ratio, options.rounds)
+    except ValueError as error:
+        print(f"mhc-dist: {error}", file=sys.stderr)
+        sys.exit(2)
     command = f"mhc-dist bench overlap --ratio {options.ratio:g} --rounds {options.rounds}"
     name = f"overlap_{options.ratio:g}"
     label = "emulated link; compute measured, two ranks on two cores"
