@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from mhc_dist.pipeline.action import ChunkShape, ExchangeShape, PhaseShape, Program
 from mhc_dist.pipeline.cost import CostTable, ExchangeCost, MessageCost, PhaseCost
-from mhc_dist.pipeline.place import place
+from mhc_dist.pipeline.place import place_and_simulate
 from mhc_dist.pipeline.recompute_blocks import with_recompute
 from mhc_dist.pipeline.schedules.coarse import CoarseSchedule
 from mhc_dist.pipeline.simulate import Simulation
@@ -65,5 +65,4 @@ def demonstrate(schedule: CoarseSchedule, *, wire: float, recompute: float = 0.0
     costs = CostTable(
         phases, exchanges, MessageCost(MESSAGE * share, 0, "p2p"), static_bytes=(0,) * schedule.num_ranks
     )
-    program = place(schedule, (shape,) * len(schedule.chunk_rank), costs)
-    return Shown(program, Simulation(program, costs), "forward")
+    return Shown(*place_and_simulate(schedule, (shape,) * len(schedule.chunk_rank), costs), "forward")

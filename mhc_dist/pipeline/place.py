@@ -52,6 +52,16 @@ def place(
     placement: Placement | None = None,
 ) -> Program:
     """Lower `schedule` over `chunks` in the order that `costs` make best."""
+    return place_and_simulate(schedule, chunks, costs, placement)[0]
+
+
+def place_and_simulate(
+    schedule: CoarseSchedule,
+    chunks: tuple[ChunkShape, ...],
+    costs: CostTable,
+    placement: Placement | None = None,
+) -> tuple[Program, Simulation]:
+    """As `place`, with the run of the result, which was needed to choose it."""
     if len(chunks) != len(schedule.chunk_rank):
         raise ValueError(f"{len(chunks)} chunks given, but the schedule lays out {len(schedule.chunk_rank)}.")
     placement = placement or Placement()
@@ -59,14 +69,15 @@ def place(
     placer = _Placer(chunks, layout, costs, placement)
     groups = [[ops_of(slot) for slot in slots] for slots in schedule.ranks]
     program = _assemble(schedule, chunks, costs, placer, groups)
-    if not placement.merge_slots or not placer.has_exchanges:
-        return program
     simulation = Simulation(program, costs)
+    if not placement.merge_slots or not placer.has_exchanges:
+        return program, simulation
     joined = merge_slots(groups, program, simulation)
+    if joined == groups:
+        return program, simulation
     other = _assemble(schedule, chunks, costs, placer, joined)
-    return min(
-        (program, simulation), (other, Simulation(other, costs)), key=lambda p: _merit(p[1], placement)
-    )[0]
+    runs = ((program, simulation), (other, Simulation(other, costs)))
+    return min(runs, key=lambda run: _merit(run[1], placement))
 
 
 def _merit(simulation: Simulation, placement: Placement) -> tuple[bool, float]:

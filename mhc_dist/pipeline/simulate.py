@@ -116,9 +116,11 @@ class Simulation:
         while self._queue:
             _, index = heapq.heappop(self._queue)
             rank = self._ranks[index]
-            if rank.position == len(rank.actions):
-                continue
-            if self._step(index, rank):
+            running = rank.position < len(rank.actions)
+            # Most actions take no time, so a rank often stays the earliest for a while.
+            while running and (not self._queue or rank.now <= self._queue[0][0]):
+                running = self._step(index, rank) and rank.position < len(rank.actions)
+            if running:
                 heapq.heappush(self._queue, (rank.now, index))
         for index, rank in enumerate(self._ranks):
             if rank.position < len(rank.actions):

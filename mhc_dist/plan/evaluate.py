@@ -9,7 +9,7 @@ from mhc_dist.config import RunConfig
 from mhc_dist.model.flops import model_flops_per_token
 from mhc_dist.pipeline.action import Program
 from mhc_dist.pipeline.cost import CostTable
-from mhc_dist.pipeline.place import Placement, place
+from mhc_dist.pipeline.place import Placement, place_and_simulate
 from mhc_dist.pipeline.schedules.coarse import CoarseSchedule
 from mhc_dist.pipeline.schedules.registry import make_schedule
 from mhc_dist.pipeline.simulate import Simulation
@@ -65,9 +65,9 @@ def build(config: RunConfig, machine: Machine, layout: Layout, charge: Charge | 
     shapes = planned_shapes(config, num_chunks, layout)
     costs = CostModel(config, machine).table(layout, shapes, schedule.chunk_rank, charge)
     placement = Placement(memory_budget=machine.memory_budget)
-    program = place(schedule, shapes.chunks, costs, placement)
+    program, simulation = place_and_simulate(schedule, shapes.chunks, costs, placement)
     static = static_by_rank(config, layout, shapes, schedule.chunk_rank)
-    return Planned(schedule, costs, program, Simulation(program, costs), static)
+    return Planned(schedule, costs, program, simulation, static)
 
 
 def evaluate(config: RunConfig, machine: Machine, layout: Layout, charge: Charge | None = None) -> Evaluation:

@@ -47,9 +47,8 @@ def overhead(config: RunConfig, machine: Machine, num_devices: int, chosen: Eval
     plain_config = plain_residual(config)
     layout = chosen.layout
     in_layout = evaluate(plain_config, machine, same_layout(layout))
-    best_plain = min(
-        search(plain_config, machine, num_devices).best[0], in_layout, key=lambda e: e.step_seconds
-    )
+    searched = search(plain_config, machine, num_devices, try_boundaries=False).best[0]
+    best_plain = min(searched, in_layout, key=lambda e: e.step_seconds)
     steps = [
         in_layout.step_seconds,
         evaluate(config, machine, layout, Charge(True, False, False)).step_seconds,

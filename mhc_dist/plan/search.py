@@ -14,14 +14,14 @@ from mhc_dist.pipeline.schedules.registry import SCHEDULES, SIMULATED_ONLY
 from mhc_dist.pipeline.unit_costs import peak_live
 from mhc_dist.plan.costs import CostModel
 from mhc_dist.plan.evaluate import Evaluation, cached_schedule, evaluate
-from mhc_dist.plan.layout import Layout, balanced_boundaries, planned_shapes
+from mhc_dist.plan.layout import Layout, Shapes, balanced_boundaries, planned_shapes
 from mhc_dist.plan.machine import Machine
 
-NUM_SIMULATED = 12
+NUM_SIMULATED = 10
 """Layouts that are placed and simulated; the others are ruled out by their estimate. Every schedule gets at
 least one, so that none is judged by a guess alone."""
 
-NUM_REBALANCED = 5
+NUM_REBALANCED = 4
 """Of the best layouts, how many are simulated with other chunk boundaries too."""
 
 PLANNED_SCHEDULES = tuple(sorted(SCHEDULES.keys() - SIMULATED_ONLY))
@@ -100,7 +100,12 @@ def divisors(number: int) -> list[int]:
 
 
 def search(
-    config: RunConfig, machine: Machine, num_devices: int, schedules: tuple[str, ...] = PLANNED_SCHEDULES
+    config: RunConfig,
+    machine: Machine,
+    num_devices: int,
+    schedules: tuple[str, ...] = PLANNED_SCHEDULES,
+    *,
+    try_boundaries: bool = True,
 ) -> Search:
     """The fastest layouts that fit. ValueError if none is possible, NothingFitsError if none fits."""
     estimates = estimate_all(config, machine, num_devices, schedules)
@@ -117,7 +122,8 @@ def search(
     best = sorted(evaluations, key=lambda e: (e.step_seconds, str(e.layout)))
     if not best:
         raise NothingFitsError(nothing_fits(config, machine, num_devices, estimates, schedules))
-    return Search(tuple(best), rebalance(config, machine, best), len(estimates), len(fitting))
+    rebalanced = rebalance(config, machine, best) if try_boundaries else ()
+    return Search(tuple(best), rebalanced, len(estimates), len(fitting))
 
 
 def rebalance(config: RunConfig, machine: Machine, best: list[Evaluation]) -> tuple[Evaluation, ...]:
@@ -160,7 +166,21 @@ def estimate_all(
 ) -> list[Estimate]:
     """Estimates of all possible layouts."""
     model = CostModel(config, machine)
-    return [estimate(config, model, layout) for layout in possible_layouts(config, num_devices, schedules)]
+    # Cutting the model is slow, and depends on little of the layout.
+    known: dict[tuple[int, int | None, bool], Shapes] = {}
+    estimates = []
+    for layout in possible_layouts(config, num_devices, schedules):
+        num_chunks = num_chunks_of(layout)
+        key = (num_chunks, layout.recompute_block, layout.recompute_everything)
+        if key not in known:
+            known[key] = planned_shapes(config, num_chunks, layout)
+        estimates.append(estimate(model, layout, known[key]))
+    return estimates
+
+
+def num_chunks_of(layout: Layout) -> int:
+    schedule = cached_schedule(layout.schedule, layout.pipeline, layout.num_microbatches)
+    return len(schedule.chunk_rank) // schedule.num_copies
 
 
 @lru_cache(maxsize=512)
@@ -168,11 +188,9 @@ def _peaks(schedule: CoarseSchedule) -> tuple[int, ...]:
     return tuple(peak_live(slots) for slots in schedule.ranks)
 
 
-def estimate(config: RunConfig, model: CostModel, layout: Layout) -> Estimate:
+def estimate(model: CostModel, layout: Layout, shapes: Shapes) -> Estimate:
     """Work of the slowest rank, plus the schedule's published idle time, plus communication not hidden."""
     schedule = cached_schedule(layout.schedule, layout.pipeline, layout.num_microbatches)
-    num_chunks = len(schedule.chunk_rank) // schedule.num_copies
-    shapes = planned_shapes(config, num_chunks, layout)
     costs = model.table(layout, shapes, schedule.chunk_rank)
     ranks = range(layout.pipeline)
     forward, inputs, weights, wire = ([0.0 for _ in ranks] for _ in range(4))

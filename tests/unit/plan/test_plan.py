@@ -186,7 +186,7 @@ def test_overhead_is_zero_without_hyper_connections(monkeypatch: pytest.MonkeyPa
     machine = machine_of("h800")
     chosen = evaluate(config, machine, LAYOUT)
     alone = Search((chosen,), (), 1, 1)
-    monkeypatch.setattr("mhc_dist.plan.overhead.search", lambda *arguments: alone)
+    monkeypatch.setattr("mhc_dist.plan.overhead.search", lambda *arguments, **options: alone)
     cost = overhead(config, machine, 512, chosen)
     assert cost.ratio == cost.ratio_in_same_layout == pytest.approx(0.0, abs=1e-12)
     assert set(cost.breakdown.values()) == {0.0}
