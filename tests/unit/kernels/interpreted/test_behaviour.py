@@ -6,8 +6,8 @@ import itertools
 
 import pytest
 import torch
-from mhc_kernels import interpreted
-from mhc_kernels.seam import ConnectionSpec, SeamBackend
+from mhc_kernels import interpreted, triton_backend
+from mhc_kernels.seam import ConnectionSpec, Mixing, SeamBackend
 
 from tests.unit.kernels.seam_cases import ALL_SPECS, Case, chain, gradients, kept_of, make_inputs
 
@@ -16,7 +16,7 @@ pytestmark = pytest.mark.usefixtures("poisoned")
 
 @pytest.mark.parametrize("spec", ALL_SPECS, ids=str)
 def test_recompute_is_bit_equal(backend: SeamBackend, spec: ConnectionSpec) -> None:
-    """Oracle: the forward's own tensors, bit for bit; with bf16 streams, where a wrong rounding would show."""
+    """Oracle: the forward's own tensors, bit for bit; bf16 streams, where a wrong rounding would show."""
     inputs = make_inputs(Case(9, 64, spec), torch.bfloat16, sublayers=3)
     with torch.no_grad():
         _, seams = chain(backend, inputs)
@@ -58,3 +58,33 @@ def test_non_finite_values_propagate(backend: SeamBackend) -> None:
         out_TNC, _ = chain(backend, inputs)
     assert not out_TNC[7].isfinite().any()
     assert out_TNC[torch.arange(20) != 7].isfinite().all()
+
+
+@pytest.mark.parametrize("spec", [ALL_SPECS[4], pytest.param(ALL_SPECS[7], marks=pytest.mark.long)], ids=str)
+def test_fake_kernels_agree_with_the_real_ones(spec: ConnectionSpec) -> None:
+    """Oracle: the real operations; under fake tensors shapes, dtypes and the schema must be the same."""
+    inputs = make_inputs(Case(5, 64, spec), torch.bfloat16)
+    n = spec.num_streams
+    streams_TNC, y_TC = inputs.streams_TNC.detach(), inputs.ys[0].detach()
+    parameters = [parameter.detach() for parameter in inputs.connections[0][:4]]
+    post_TN = torch.rand(5, n)
+    res_TNN = None if spec.mixing is Mixing.IDENTITY else torch.rand(5, n, n)
+    carried_TN = torch.rand(5, n) if spec.shifted_pre else None
+    tail = (y_TC, post_TN, res_TNN)
+    numbers = triton_backend._fields(spec)
+    forward_arguments = (streams_TNC, *tail, carried_TN, *parameters, *numbers)
+    checks = ("test_schema", "test_faketensor")
+    torch.library.opcheck(triton_backend.seam_forward, forward_arguments, test_utils=checks)
+    result = triton_backend.seam_forward(*forward_arguments)
+    backward_arguments = (
+        *(streams_TNC, *tail, carried_TN, *parameters, result),
+        *(streams_TNC, y_TC, carried_TN, post_TN, res_TNN),
+        *numbers,
+    )
+    torch.library.opcheck(triton_backend.seam_backward, backward_arguments, test_utils=checks)
+    torch.library.opcheck(triton_backend.update_forward, (streams_TNC, *tail), test_utils=checks)
+    torch.library.opcheck(
+        triton_backend.update_backward, (streams_TNC, *tail, streams_TNC), test_utils=checks
+    )
+    torch.library.opcheck(triton_backend.collapse_forward, (streams_TNC, post_TN), test_utils=checks)
+    torch.library.opcheck(triton_backend.collapse_backward, (streams_TNC, post_TN, y_TC), test_utils=checks)
