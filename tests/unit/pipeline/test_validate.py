@@ -16,12 +16,16 @@ from mhc_dist.pipeline.action import (
     ActionKind,
     ExchangeShape,
     Pass,
+    PhaseShape,
     Program,
 )
 from mhc_dist.pipeline.lower import lower, lower_evaluation
+from mhc_dist.pipeline.place import place
+from mhc_dist.pipeline.recompute_blocks import with_recompute
 from mhc_dist.pipeline.schedules.registry import SCHEDULES, make_schedule
 from mhc_dist.pipeline.validate import InvalidProgram, validate
 from tests.unit.pipeline.chunk_shapes import chunks_for, dense_chunk, experts_chunk
+from tests.unit.pipeline.cost_tables import costs_for
 
 K = ActionKind
 
@@ -73,6 +77,11 @@ def small_programs() -> list[Program]:
         schedule = make_schedule(name, num_ranks, num_microbatches)
         programs.append(lower(schedule, chunks_for(schedule, experts_chunk())))
     programs.append(lower_evaluation((0, 1, 1, 0), (experts_chunk(),) * 4, 2))
+    # Placed, with a recompute block of two phases.
+    schedule = make_schedule("1f1b", 2, 3)
+    shape = with_recompute(experts_chunk(2), [["attention0", "attention1"]])
+    costs = costs_for(schedule, shape, wire=0.5, recompute=0.25)
+    programs.append(place(schedule, (shape,) * 2, costs))
     return programs
 
 
@@ -142,7 +151,7 @@ def must_precede(program: Program, first: Action, second: Action) -> bool:
 def produced(program: Program, action: Action) -> set[object]:
     """Marks that an action leaves for the actions that need them."""
     match action.kind:
-        case K.COMPUTE | K.GRADIENT | K.WEIGHT:
+        case K.COMPUTE | K.GRADIENT | K.WEIGHT | K.RECOMPUTE:
             return {(action.kind, action.item)}
         case K.ISSUE | K.WAIT:
             return {(action.kind, action.item, action.direction)}
@@ -182,7 +191,12 @@ def needed(program: Program, action: Action) -> set[object]:
             return set().union(*map(value_marks, item.reads))
         case K.GRADIENT:
             assert item is not None
-            return {(K.COMPUTE, item.name)}.union(*map(gradient_marks, item.writes))
+            assert isinstance(item, PhaseShape)
+            before = {(K.RECOMPUTE, item.name)} if item.drops else set()
+            return before.union({(K.COMPUTE, item.name)}, *map(gradient_marks, item.writes))
+        case K.RECOMPUTE:
+            assert isinstance(item, PhaseShape)
+            return {(K.COMPUTE, item.name)}.union((K.RECOMPUTE, name) for name in item.recompute_after)
         case K.WEIGHT:
             return {(K.GRADIENT, action.item)}
         case K.ISSUE:
