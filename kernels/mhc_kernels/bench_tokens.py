@@ -1,7 +1,8 @@
 """Time token movement against torch's own on this CPU: `python -m mhc_kernels.bench_tokens [--json FILE]`.
 
-Forward + backward, all contenders in turn within every round, medians. This is the measurement that decided
-what tokens.py writes by hand and what it leaves to torch.
+Forward + backward on one thread, all contenders in turn within every round, medians of CPU time (which a busy
+machine disturbs less than wall time). This is the measurement that decided what tokens.py writes by hand and
+what it leaves to torch.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import statistics
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as functional
@@ -54,6 +56,22 @@ def contenders(
         weight_R = torch.empty(rows).index_put((order.place_TK.flatten(),), weight.flatten())
         return torch.zeros(num_tokens, channels).index_add(0, order.token_R, y * weight_R.unsqueeze(1))
 
+    class Gathered(torch.autograd.Function):
+        """The alternative that lost: a backward that gathers a token's rows instead of scattering them."""
+
+        @staticmethod
+        def forward(ctx: Any, x_TC: Tensor) -> Tensor:
+            return x_TC.index_select(0, order.token_R)
+
+        @staticmethod
+        def backward(ctx: Any, *grads: Any) -> Tensor:
+            rows_RC = grads[0].index_select(0, order.place_TK.flatten())
+            d_x_TC: Tensor = rows_RC.view(num_tokens, chosen, channels).sum(1)
+            return d_x_TC
+
+    def gathered() -> Tensor:
+        return cast(Tensor, Gathered.apply(x))
+
     def swiglu() -> Tensor:
         gate, up = gate_up.chunk(2, dim=1)
         return functional.silu(gate) * up
@@ -68,7 +86,7 @@ def contenders(
 
     return {
         "permute torch": both_ways(lambda: x.index_select(0, order.token_R), [x], d_rows),
-        "permute ours": both_ways(lambda: tokens.permute(x, order), [x], d_rows),
+        "permute gathered": both_ways(gathered, [x], d_rows),
         "unpermute torch": both_ways(index_add, [y, weight], d_out),
         "unpermute ours": both_ways(lambda: tokens.unpermute(y, weight, order), [y, weight], d_out),
         "swiglu torch": both_ways(swiglu, [gate_up], d_act),
@@ -98,9 +116,9 @@ def main() -> None:
     times: dict[str, list[float]] = {name: [] for name in actions}
     for _ in range(arguments.rounds + 1):
         for name, action in actions.items():
-            begin = time.perf_counter()
+            begin = time.process_time()
             action()
-            times[name].append(time.perf_counter() - begin)
+            times[name].append(time.process_time() - begin)
     figures = {
         "provenance": provenance("mhc_kernels.bench_tokens"),
         "median_ms": {name: 1e3 * statistics.median(measured[1:]) for name, measured in times.items()},

@@ -1,9 +1,9 @@
 """Token movement of a mixture of experts: permute, unpermute with weighted reduce, SwiGLU, grouped matmul.
 
 T tokens choose K experts each; R = T * K rows are sorted by expert. What was written and what was left to
-torch was decided by measurement on CPU (kernels/README.md): permute and unpermute by hand (2x and 3x faster
-than index_select and index_add under autograd), SwiGLU on CPU and the grouped product from torch. On GPUs
-unpermute and SwiGLU are Triton kernels; nothing else changes with the device.
+torch was decided by measurement (kernels/README.md): on CPUs unpermute is by hand, permute, SwiGLU and the
+grouped product are torch's. On GPUs unpermute, SwiGLU and the backward of permute are Triton kernels, so that
+no sum depends on the order in which atomics arrive.
 """
 
 from __future__ import annotations
@@ -56,7 +56,9 @@ def order_by_expert(expert_TK: Tensor, num_experts: int) -> Order:
 def permute(x_TC: Tensor, order: Order) -> Tensor:
     """Rows of the chosen experts, (R, C)."""
     _check_rows("x_TC", x_TC, order.place_TK.shape[0])
-    return cast(Tensor, _Permute.apply(x_TC, order.token_R, order.place_TK))
+    if x_TC.is_cuda:
+        return cast(Tensor, _Permute.apply(x_TC, order.token_R, order.place_TK))
+    return x_TC.index_select(0, order.token_R)
 
 
 def unpermute(rows_RC: Tensor, weight_TK: Tensor, order: Order) -> Tensor:
@@ -95,6 +97,8 @@ def _blocks(count: int, size: int) -> list[slice]:
 
 
 class _Permute(torch.autograd.Function):
+    """On GPUs: index_select's own backward adds atomically, in an order that changes from run to run."""
+
     @staticmethod
     def forward(ctx: Any, x_TC: Tensor, token_R: Tensor, place_TK: Tensor) -> Tensor:
         ctx.save_for_backward(place_TK)
@@ -104,16 +108,8 @@ class _Permute(torch.autograd.Function):
     def backward(ctx: Any, *grads: Any) -> Any:
         """A token's gradient is the sum over its rows: gathered, not scattered."""
         (place_TK,) = ctx.saved_tensors
-        d_rows_RC = grads[0].contiguous()
-        num_tokens, num_choices = place_TK.shape
-        if d_rows_RC.is_cuda:
-            ones = torch.ones(num_tokens, num_choices, device=d_rows_RC.device)
-            return _launch_unpermute(d_rows_RC, ones, place_TK), None, None
-        d_x_TC = d_rows_RC.new_empty(num_tokens, d_rows_RC.shape[1])
-        for block in _blocks(num_tokens, BLOCK_ROWS // num_choices or 1):
-            rows = d_rows_RC.index_select(0, place_TK[block].flatten())
-            torch.sum(rows.view(-1, num_choices, d_rows_RC.shape[1]), 1, out=d_x_TC[block])
-        return d_x_TC, None, None
+        ones_TK = torch.ones(place_TK.shape, device=place_TK.device)
+        return _launch_unpermute(grads[0].contiguous(), ones_TK, place_TK), None, None
 
 
 class _Unpermute(torch.autograd.Function):

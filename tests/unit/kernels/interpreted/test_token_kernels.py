@@ -30,8 +30,22 @@ def test_swiglu_kernels() -> None:
     gate, up = gate_up_RD.chunk(2, dim=1)
     theirs = functional.silu(gate) * up
     d_out_RD = torch.randn(7, 40)
-    with interpreted.counted_traffic(), torch.no_grad():
-        ours = tokens._launch_swiglu(gate_up_RD)
-        gradient = tokens._launch_swiglu_backward(gate_up_RD, d_out_RD)
+    with interpreted.counted_traffic():
+        ours = tokens._SwiGlu.apply(gate_up_RD)
+        (gradient,) = torch.autograd.grad(ours, gate_up_RD, d_out_RD)
     torch.testing.assert_close(ours, theirs)
     torch.testing.assert_close(gradient, torch.autograd.grad(theirs, gate_up_RD, d_out_RD)[0])
+
+
+def test_permute_sums_gradients_without_atomics() -> None:
+    """Oracle: index_select under autograd; the counter refuses atomics."""
+    generator = torch.Generator().manual_seed(3)
+    expert_TK = torch.stack([torch.randperm(8, generator=generator)[:3] for _ in range(10)])
+    order = tokens.order_by_expert(expert_TK, 8)
+    x_TC, d_rows_RC = torch.randn(10, 48, requires_grad=True), torch.randn(30, 48)
+    with interpreted.counted_traffic():
+        ours = tokens._Permute.apply(x_TC, order.token_R, order.place_TK)
+        (gradient,) = torch.autograd.grad(ours, x_TC, d_rows_RC)
+    theirs = x_TC.index_select(0, order.token_R)
+    torch.testing.assert_close(ours, theirs)
+    torch.testing.assert_close(gradient, torch.autograd.grad(theirs, x_TC, d_rows_RC)[0])
