@@ -19,6 +19,12 @@ def overlap(context: typer.Context) -> None:
     raise typer.Exit(_measure("mhc_dist.bench.overlap", context.args))
 
 
+@bench_app.command(context_settings=PASS_ON)
+def memory(context: typer.Context) -> None:
+    """Count what each recompute mode keeps for the backward, against the formula (`--help` for options)."""
+    raise typer.Exit(_measure("mhc_dist.bench.memory", context.args))
+
+
 def _measure(module: str, arguments: list[str]) -> int:
     # One thread a rank, set before torch is imported: two ranks on two cores must not fight for them.
     environment = os.environ | {"OMP_NUM_THREADS": "1"}

@@ -46,3 +46,18 @@ def test_wrong_layout_is_refused_in_one_line() -> None:
     assert done.returncode == 2
     assert "Set parallel.pipeline=1, parallel.data=2 and parallel.expert=2" in done.stderr
     assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize("block", ["auto", "2"])
+def test_memory_bench_agrees_with_the_formula(block: str, tmp_path: Path) -> None:
+    """Oracle: the formula of the paper's section 4.3.2, in bytes; the allocator counts."""
+    command = [MHC_DIST, "bench", "memory", "--results", str(tmp_path), "--set", f"recompute.block={block}"]
+    # Large enough that tensors outweigh everything else on the heap.
+    settings = ["--set", "model.num_layers=6", "--set", "data.sequence_length=128"]
+    done = subprocess.run([*command, *settings], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    figures = json.loads(done.stdout.splitlines()[-1])
+    assert figures["saved_bytes_ratio"] == pytest.approx(1.0, abs=0.02)
+    kept = figures["kept_bytes"]
+    assert kept["none"] > kept["mhc"] > kept["full"] > 0
+    assert json.loads((tmp_path / "memory.json").read_text())["figures"] == figures
