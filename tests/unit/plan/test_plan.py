@@ -17,17 +17,22 @@ from mhc_dist.model.flops import (
     model_flops_per_token,
 )
 from mhc_dist.parallel.recompute import best_block
+from mhc_dist.pipeline.demonstration import Shown
+from mhc_dist.pipeline.lower import lower
+from mhc_dist.pipeline.perfetto import write_perfetto
 from mhc_dist.pipeline.schedules.registry import make_schedule
+from mhc_dist.pipeline.simulate import Simulation
 from mhc_dist.pipeline.validate import validate
+from mhc_dist.plan.calibration import Calibration, compare
 from mhc_dist.plan.charge import Charge
 from mhc_dist.plan.cluster import load_cluster
 from mhc_dist.plan.costs import CostModel, plain_residual
 from mhc_dist.plan.evaluate import build, evaluate
-from mhc_dist.plan.layout import Layout, balanced_boundaries, planned_shapes
+from mhc_dist.plan.layout import Layout, balanced_boundaries, own_shapes, planned_shapes
 from mhc_dist.plan.machine import Machine
 from mhc_dist.plan.overhead import overhead
 from mhc_dist.plan.report import plan_json, plan_text
-from mhc_dist.plan.run_costs import calibration_from_trace
+from mhc_dist.plan.run_costs import calibration_from_trace, run_costs, schedule_of
 from mhc_dist.plan.search import NothingFitsError, Search, possible_layouts, search
 from mhc_dist.plan.static_memory import held_by_rank
 from mhc_dist.plan.work import (
@@ -253,3 +258,26 @@ def test_missing_trace_is_refused(tmp_path: Path) -> None:
     """Oracle: the reason written here by hand."""
     with pytest.raises(ValueError, match="no trace file"):
         calibration_from_trace(config_of("paper_27b"), machine_of("h800"), tmp_path / "none.json")
+
+
+def test_calibration_carries_a_slower_machine_to_other_layouts(tmp_path: Path) -> None:
+    """Oracle: by construction. The trace of a machine twice as slow doubles every prediction."""
+    config = config_of("tiny")
+    machine = machine_of("laptop")
+    costs = run_costs(config, machine)
+    slower = Calibration(dict.fromkeys(compare(costs, costs).factors, 2.0)).apply(costs)
+    schedule = schedule_of(config)
+    shapes = own_shapes(config, len(schedule.chunk_rank))
+    program = lower(schedule, shapes.chunks)
+    write_perfetto(Shown(program, Simulation(program, slower), "second"), tmp_path / "trace.json")
+    calibration = calibration_from_trace(config, machine, tmp_path / "trace.json")
+    # Exchanges that hid behind compute give only a bound, and the optimizer was not part of the run.
+    compute = {
+        key: f for key, f in calibration.factors.items() if key[0] in ("attention", "experts", "finish")
+    }
+    assert compute
+    assert all(factor == pytest.approx(2.0, rel=1e-3) for factor in compute.values())
+    other = Layout("1f1b", 1, 1, 2, 8)
+    before = evaluate(config, machine, other).step_seconds
+    after = evaluate(config, replace(machine, calibration=calibration), other).step_seconds
+    assert after == pytest.approx(2 * before, rel=0.01)
