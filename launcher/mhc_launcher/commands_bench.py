@@ -20,6 +20,12 @@ def overlap(context: typer.Context) -> None:
 
 
 @bench_app.command(context_settings=PASS_ON)
+def overhead(context: typer.Context) -> None:
+    """Time steps with hyper-connections against the plain residual (`--help` for options)."""
+    raise typer.Exit(_measure("mhc_dist.bench.overhead", context.args))
+
+
+@bench_app.command(context_settings=PASS_ON)
 def memory(context: typer.Context) -> None:
     """Count what each recompute mode keeps for the backward, against the formula (`--help` for options)."""
     raise typer.Exit(_measure("mhc_dist.bench.memory", context.args))

@@ -14,39 +14,18 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-import torch
-from mhc_kernels.seam import make_backend
-from torch import Tensor
-
+from mhc_dist.bench.alone import Nobody, random_microbatches, whole_stage
 from mhc_dist.bench.heap import heap_bytes
 from mhc_dist.bench.result import write_result
 from mhc_dist.config import RecomputeConfig, RunConfig, load_config
-from mhc_dist.parallel.expert_exchange import ExpertExchange
 from mhc_dist.parallel.recompute import best_block, phase_blocks
-from mhc_dist.parallel.stage import Stage
 from mhc_dist.pipeline.action import Action, ActionKind
-from mhc_dist.pipeline.executor import Executor, Microbatch
+from mhc_dist.pipeline.executor import Executor
 from mhc_dist.plan.run_programs import RunPrograms, plan_run
 
 DEFAULT_CONFIG = Path(__file__).resolve().parents[2] / "configs" / "bench.yaml"
 Mode = Literal["none", "mhc", "full"]
 FORWARD_KINDS = (ActionKind.COMPUTE, ActionKind.ISSUE, ActionKind.WAIT, ActionKind.HAND_OVER)
-
-
-class _Alone:
-    """Neither peers nor an optimizer."""
-
-    def drain(self) -> None: ...
-
-    def reduce(self) -> None: ...
-
-    def step(self) -> None: ...
-
-    def send(self, tensor: Tensor, peer: int) -> None:
-        raise AssertionError(peer)
-
-    def receive(self, peer: int) -> Any:
-        raise AssertionError(peer)
 
 
 def alone(config: RunConfig, mode: Mode) -> RunConfig:
@@ -63,16 +42,7 @@ def kept_bytes(config: RunConfig, mode: Mode) -> int:
     """Heap bytes that the forward leaves behind for the backward."""
     config = alone(config, mode)
     programs = plan_run(config)
-    stage = Stage(
-        config,
-        programs.places,
-        make_backend(config.kernels.backend),
-        ExpertExchange(config.model.num_experts),
-        0,
-        torch.device("cpu"),
-    )
-    size = (config.data.sequences_per_microbatch, config.data.sequence_length)
-    microbatch = Microbatch(*torch.randint(config.model.vocab_size, (2, *size)))
+    stage = whole_stage(config, programs)
     before = 0
     held: list[int] = []
 
@@ -81,13 +51,14 @@ def kept_bytes(config: RunConfig, mode: Mode) -> int:
             gc.collect()
             held.append(heap_bytes() - before)
 
-    nobody = _Alone()
+    nobody = Nobody()
+    microbatches = random_microbatches(config)
     executor = Executor(0, stage.by_index, nobody, look)
     for _ in range(2):  # the first run pays for what is allocated once: imports, rotary tables, gradients
         held.clear()
         gc.collect()
         before = heap_bytes()
-        executor.run(programs.training, [microbatch], nobody)
+        executor.run(programs.training, microbatches, nobody)
     return held[0]
 
 

@@ -27,6 +27,7 @@ from mhc_kernels.seam import make_backend
 from torch import Tensor
 from torch.multiprocessing.spawn import spawn
 
+from mhc_dist.bench.alone import Nobody, random_microbatches
 from mhc_dist.bench.hidden import HiddenReport, hidden_report
 from mhc_dist.bench.result import write_result
 from mhc_dist.config import RecomputeConfig, RunConfig, load_config
@@ -55,22 +56,6 @@ NO_OVERLAP, OVERLAP, LATE, PLACED = "no_overlap", "overlap", "overlap_late_recom
 RECOMPUTES = {NO_OVERLAP: "none", OVERLAP: "none", LATE: "mhc", PLACED: "mhc"}
 
 
-class _Alone:
-    """The end of a step whose gradients are compared, and no pipeline neighbours."""
-
-    def reduce(self) -> None: ...
-
-    def step(self) -> None: ...
-
-    def send(self, tensor: Tensor, peer: int) -> None:
-        raise AssertionError("one pipeline rank has no neighbours")
-
-    def receive(self, peer: int) -> Any:
-        raise AssertionError("one pipeline rank has no neighbours")
-
-    def drain(self) -> None: ...
-
-
 @dataclass
 class _Variant:
     """One way to run the step, and what it measured."""
@@ -84,10 +69,10 @@ class _Variant:
         """One step; gradients are left in the parameters."""
         for parameter in self.stage.parameters():
             parameter.grad = None
-        alone = _Alone()
+        nobody = Nobody()
         dist.barrier()
         start = perf_counter()
-        output = Executor(0, self.stage.by_index, alone).run(self.program, microbatches, alone)
+        output = Executor(0, self.stage.by_index, nobody).run(self.program, microbatches, nobody)
         return perf_counter() - start, output.trace
 
     def gradients(self) -> dict[str, Tensor]:
@@ -116,12 +101,7 @@ def measure(rank: int, store: str, config: RunConfig, ratio: float, rounds: int,
         for mode in shapes
     }
     # Work makes figures, not text: random tokens spread over the experts as an untrained router sends them.
-    generator = torch.Generator().manual_seed(rank)
-    size = (config.data.sequences_per_microbatch, config.data.sequence_length)
-    microbatches = [
-        Microbatch(*torch.randint(config.model.vocab_size, (2, *size), generator=generator))
-        for _ in range(config.schedule.num_microbatches)
-    ]
+    microbatches = random_microbatches(config, seed=rank)
 
     schedule = schedule_of(config)
     plain = {mode: lower(schedule, shapes[mode].chunks) for mode in shapes}
