@@ -69,6 +69,7 @@ def test_missing_compiler_is_an_error_with_a_remedy(monkeypatch: pytest.MonkeyPa
 
 
 @pytest.mark.long
+@pytest.mark.timeout(1200)
 def test_compiled_equals_the_fp64_reference_and_recomputes_bit_equal() -> None:
     """Oracle: the reference under fp64 autograd; for the recompute the forward's own tensors, bit for bit."""
     backend = make_backend("compiled")

@@ -29,7 +29,7 @@ def run_interpreted(file: str, marker: str) -> None:
         marker,
         str(FOLDER / file),
     ]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False, timeout=1500)
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False, timeout=3500)
     nothing_selected = 5
     assert done.returncode in (0, nothing_selected), done.stdout[-6000:] + done.stderr[-2000:]
     assert "passed" in done.stdout or done.returncode == nothing_selected
@@ -43,7 +43,7 @@ def test_interpreted(file: str) -> None:
 
 
 @pytest.mark.long
-@pytest.mark.timeout(1800)
+@pytest.mark.timeout(3600)
 @pytest.mark.parametrize("file", FILES)
 def test_interpreted_long(file: str) -> None:
     """Oracle: the assertions of the file itself; the long sweeps."""

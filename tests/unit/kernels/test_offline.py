@@ -51,6 +51,7 @@ def test_small_kernels_compile_for_hopper(name: str) -> None:
 
 
 @pytest.mark.long
+@pytest.mark.timeout(1200)
 @pytest.mark.parametrize("architecture", ["sm_90", "sm_100"])
 @pytest.mark.parametrize("channels", [1280, 2560, 4096, 7168])
 def test_every_kernel_fits(architecture: str, channels: int) -> None:
@@ -64,6 +65,7 @@ def test_every_kernel_fits(architecture: str, channels: int) -> None:
 
 
 @pytest.mark.long
+@pytest.mark.timeout(1200)
 def test_every_kernel_compiles_for_amd() -> None:
     """Oracle: the assembly of the AMD compiler: no atomics; backward_apply alone may spill a little."""
     for report in resources.kernel_resources("gfx942", 1280, SPEC, torch.bfloat16):

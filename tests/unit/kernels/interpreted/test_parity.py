@@ -54,6 +54,7 @@ def test_fp32_parity_of_other_shapes(backend: SeamBackend, num_tokens: int, chan
 
 
 @pytest.mark.long
+@pytest.mark.timeout(1200)
 @pytest.mark.parametrize(
     ("n", "num_tokens", "channels"), list(itertools.product([2, 4, 8], [1, 17, 64, 130], [64, 192, 512]))
 )
