@@ -147,7 +147,7 @@ def merge(config: RunConfig, ranks: list[Gradients]) -> Gradients:
 
 
 def oracle_model(config: RunConfig) -> LanguageModel:
-    model = LanguageModel(config, make_backend("reference"))
+    model = LanguageModel(config, make_backend(config.kernels.backend))
     initialize(model, config)
     return model
 

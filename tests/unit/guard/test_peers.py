@@ -385,10 +385,16 @@ class DictStore:
 
 
 def test_reporting_an_action_costs_next_to_nothing() -> None:
-    """Oracle: a stopwatch: under 5 microseconds a call on a slow shared machine (measured: about 0.5)."""
+    """Oracle: a stopwatch: under 5 microseconds a call (measured: about 0.5).
+
+    The best of ten turns counts: on a shared machine any single one may be interrupted.
+    """
+    num_calls = 2_000
+    turns = []
     with PeerWatch(DictStore(), 0, 1) as watch:
-        start = time.perf_counter()
-        for _ in range(20_000):
-            watch.report_action("compute")
-        seconds = (time.perf_counter() - start) / 20_000
-    assert seconds < 5e-6
+        for _ in range(10):
+            start = time.perf_counter()
+            for _ in range(num_calls):
+                watch.report_action("compute")
+            turns.append((time.perf_counter() - start) / num_calls)
+    assert min(turns) < 5e-6

@@ -88,3 +88,11 @@ def test_fake_kernels_agree_with_the_real_ones(spec: ConnectionSpec) -> None:
     )
     torch.library.opcheck(triton_backend.collapse_forward, (streams_TNC, post_TN), test_utils=checks)
     torch.library.opcheck(triton_backend.collapse_backward, (streams_TNC, post_TN, y_TC), test_utils=checks)
+
+
+def test_no_tokens(backend: SeamBackend) -> None:
+    """Oracle: sums over nothing; every parameter's gradient is zero and nothing is launched on nothing."""
+    inputs = make_inputs(Case(0, 64, ConnectionSpec(num_streams=4)), torch.float32)
+    grads = gradients(backend, inputs)
+    assert grads["streams"].shape == (0, 4, 64)
+    assert all((grad == 0).all() for grad in grads.values())

@@ -25,7 +25,8 @@ pytestmark = pytest.mark.usefixtures("poisoned")
 
 
 def check_fp32(backend: SeamBackend, inputs: Inputs) -> None:
-    """Coefficients within 1e-6, outputs and every gradient within 1e-5 of the fp64 reference, in norm."""
+    """Coefficients within 1e-6 of the fp64 reference, every gradient within 1e-5 (or 1.5 times the error of fp32
+    autograd, where that is larger), in norm."""
     exact = widened(inputs)
     ours, ours_seams = chain(backend, inputs)
     theirs, theirs_seams = chain(make_backend("reference"), exact)
@@ -36,9 +37,13 @@ def check_fp32(backend: SeamBackend, inputs: Inputs) -> None:
             assert relative_error(a.res_TNN, b.res_TNN) < 1e-6
     assert relative_error(ours, theirs) < 2e-6
     ours_grads, theirs_grads = gradients(backend, inputs), gradients(make_backend("reference"), exact)
+    plain_grads = gradients(make_backend("reference"), inputs)
     assert ours_grads.keys() == theirs_grads.keys()
     for name in ours_grads:
-        assert relative_error(ours_grads[name], theirs_grads[name]) < 1e-5, name
+        # The three gradients of alpha are sums with cancellation: now and then fp32 itself misses 1e-5.
+        limit = max(1e-5, 1.5 * relative_error(plain_grads[name], theirs_grads[name]))
+        assert limit < 1e-4, name
+        assert relative_error(ours_grads[name], theirs_grads[name]) < limit, name
 
 
 @pytest.mark.parametrize("spec", ALL_SPECS, ids=str)
