@@ -50,7 +50,8 @@ def _all_present(gradients: Sequence[Tensor | None], like: Tensor) -> list[Tenso
 
 
 def _or_none(tensor: Tensor) -> Tensor | None:
-    return tensor if tensor.numel() else None
+    """The inverse of `_empty`, which is one-dimensional; a result for no tokens is not."""
+    return tensor if tensor.dim() > 1 else None
 
 
 @torch.library.custom_op("mhc_kernels::seam_forward", mutates_args=())
