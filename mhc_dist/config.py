@@ -129,7 +129,7 @@ class RecomputeConfig(Section):
 class KernelsConfig(Section):
     """Which implementation of the hyper-connection seams runs; the names of `mhc_kernels.seam`."""
 
-    backend: Literal["reference", "cpu", "compiled"] = "cpu"
+    backend: Literal["reference", "cpu", "compiled", "triton"] = "cpu"
 
 
 class DataConfig(Section):
