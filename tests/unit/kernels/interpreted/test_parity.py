@@ -25,7 +25,7 @@ pytestmark = pytest.mark.usefixtures("poisoned")
 
 
 def check_fp32(backend: SeamBackend, inputs: Inputs) -> None:
-    """Coefficients within 1e-6 of the fp64 reference, every gradient within 1e-5 (or 1.5 times the error of fp32
+    """Coefficients within 1e-6 of the fp64 reference, gradients within 1e-5 (or 1.5 times the error of fp32
     autograd, where that is larger), in norm."""
     exact = widened(inputs)
     ours, ours_seams = chain(backend, inputs)
