@@ -71,7 +71,9 @@ def _alone(config: RunConfig, backend: str | None) -> RunConfig:
     schedule = config.schedule.model_copy(update={"cluster": None})
     update: dict[str, Any] = {"parallel": parallel, "schedule": schedule}
     if backend is None:
-        update["residual"] = config.residual.model_copy(update={"kind": ResidualKind.RESIDUAL, "num_streams": 1})
+        update["residual"] = config.residual.model_copy(
+            update={"kind": ResidualKind.RESIDUAL, "num_streams": 1}
+        )
         update["recompute"] = config.recompute.model_copy(update={"mode": "none"})
     else:
         update["kernels"] = KernelsConfig(backend=backend)  # type: ignore[arg-type]
