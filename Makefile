@@ -6,7 +6,7 @@ STAMP := $(VENV)/.installed
 PIP := $(BIN)/python -m pip --disable-pip-version-check -q
 JOBS ?= 2
 
-.PHONY: setup train test test-long check format clean
+.PHONY: setup train test test-long gpu-check check format clean
 
 setup: $(STAMP)
 
@@ -31,6 +31,9 @@ test: setup
 
 test-long: setup
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m long --timeout 1800
+
+gpu-check: setup
+	$(BIN)/python -m mhc_kernels.gpu_check
 
 check: setup
 	$(BIN)/ruff check .
