@@ -40,6 +40,7 @@ def placed_gradients(rank: int, config: RunConfig) -> case.Gradients:
 def test_gradients_are_bit_equal_to_the_plain_lowering(schedule: str, recompute: str) -> None:
     """Oracle: the plain lowering of the same schedule on the same ranks, bit for bit."""
     config = small_config(
+        model={"num_layers": 5},
         parallel={"pipeline": 2, "data": 2, "expert": 2},
         schedule={"name": schedule, "num_microbatches": 6},
         recompute={"mode": recompute},

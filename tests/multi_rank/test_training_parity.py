@@ -4,8 +4,8 @@ The ranks run the whole machinery: pipeline program, expert exchange, flat fp32 
 
 Adam divides by the size of the gradient, so where a gradient is rounding noise the update is noise of full
 size, on one device as well. Elements whose clipped gradient was once below TOO_SMALL, ten times Adam's eps
-(typical ones are 2e-3), are therefore left out of the comparison of weights: 3 % of this small model. Half
-of them are H_pre and H_res of its first sublayer. Those have no gradient at all but for rounding: the
+(typical ones are 2e-3), are therefore left out of the comparison of weights: 3 to 5 % of these small models.
+Half of them are H_pre and H_res of its first sublayer. Those have no gradient at all but for rounding: the
 streams are still identical copies of the embedding there, so H_pre only scales the input of an RMSNorm and
 H_res does nothing.
 The rate is 1e-4: weights move by about 4e-4, and 1e-6 is 0.3 % of that.
@@ -37,7 +37,7 @@ from tests.small import random_sequences
 
 NUM_STEPS = 5
 TOO_SMALL = 1e-7
-LARGEST_SHARE_TOO_SMALL = 0.04
+LARGEST_SHARE_TOO_SMALL = 0.06
 
 
 class Trained(NamedTuple):
