@@ -16,7 +16,7 @@ from typing import Any, Literal
 
 from mhc_dist.bench.alone import Nobody, random_microbatches, whole_stage
 from mhc_dist.bench.heap import heap_bytes
-from mhc_dist.bench.result import write_result
+from mhc_dist.bench.result import shown_command, write_result
 from mhc_dist.config import RecomputeConfig, RunConfig, load_config
 from mhc_dist.parallel.recompute import best_block, phase_blocks
 from mhc_dist.pipeline.action import Action, ActionKind
@@ -109,7 +109,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         print(f"mhc-dist: {error}", file=sys.stderr)
         sys.exit(2)
     label = "measured: bytes counted by the allocator, one process, CPU"
-    path = write_result("memory", options.results, "mhc-dist bench memory", label, figures)
+    command = shown_command("memory", arguments)
+    path = write_result("memory", options.results, command, label, figures)
     print(f"{label}; written to {path}")
     print(json.dumps(figures))
 

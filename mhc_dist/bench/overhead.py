@@ -19,7 +19,7 @@ from typing import Any
 import torch
 
 from mhc_dist.bench.alone import Nobody, random_microbatches, whole_stage
-from mhc_dist.bench.result import write_result
+from mhc_dist.bench.result import shown_command, write_result
 from mhc_dist.config import KernelsConfig, ResidualKind, RunConfig, load_config
 from mhc_dist.pipeline.executor import Executor
 from mhc_dist.pipeline.trace import StepPhase
@@ -142,7 +142,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         print(f"mhc-dist: {error}", file=sys.stderr)
         sys.exit(2)
     label = "measured: one process, one thread, CPU, nothing overlapped"
-    command = f"mhc-dist bench overhead --backends {' '.join(options.backends)} --rounds {options.rounds}"
+    command = shown_command("overhead", arguments)
     path = write_result("overhead", options.results, command, label, figures)
     print(f"{label}; written to {path}")
     print(json.dumps(figures))

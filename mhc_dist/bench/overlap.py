@@ -29,7 +29,7 @@ from torch.multiprocessing.spawn import spawn
 
 from mhc_dist.bench.alone import Nobody, random_microbatches
 from mhc_dist.bench.hidden import HiddenReport, hidden_report
-from mhc_dist.bench.result import write_result
+from mhc_dist.bench.result import shown_command, write_result
 from mhc_dist.config import RecomputeConfig, RunConfig, load_config
 from mhc_dist.parallel.emulated_link import EmulatedLink
 from mhc_dist.parallel.expert_exchange import ExpertExchange
@@ -245,7 +245,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     except ValueError as error:
         print(f"mhc-dist: {error}", file=sys.stderr)
         sys.exit(2)
-    command = f"mhc-dist bench overlap --ratio {options.ratio:g} --rounds {options.rounds}"
+    command = shown_command("overlap", arguments)
     name = f"overlap_{options.ratio:g}"
     label = "emulated link; compute measured, two ranks on two cores"
     path = write_result(name, options.results, command, label, figures)

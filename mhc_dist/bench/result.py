@@ -5,10 +5,18 @@ from __future__ import annotations
 import json
 import os
 import platform
+import shlex
 import subprocess
+import sys
+from collections.abc import Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
+
+
+def shown_command(name: str, arguments: Sequence[str] | None) -> str:
+    """The command that measures, as typed; `arguments` None means those of this process."""
+    return shlex.join(["mhc-dist", "bench", name, *(sys.argv[1:] if arguments is None else arguments)])
 
 
 def conditions() -> dict[str, Any]:
