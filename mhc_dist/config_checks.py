@@ -6,22 +6,20 @@ Each check answers with a sentence that carries the numbers and the remedy, or s
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import TYPE_CHECKING
 
+from mhc_dist.config_sections import RunSections
+from mhc_dist.optim.deepspeed_options import check_config
 from mhc_dist.pipeline.schedules.registry import make_schedule
 from mhc_dist.topology import Topology
 
-if TYPE_CHECKING:
-    from mhc_dist.config import RunConfig
 
-
-def disagreements(config: RunConfig) -> list[str]:
+def disagreements(config: RunSections) -> list[str]:
     """One sentence per problem; an empty list means that the run is possible."""
     checks = (_model, _residual, _experts, _schedule, _recompute, _optimizer, _ports, _deepspeed)
     return [problem for check in checks for problem in check(config)]
 
 
-def _model(config: RunConfig) -> Iterator[str]:
+def _model(config: RunSections) -> Iterator[str]:
     model = config.model
     if model.rope_dim % 2:
         yield (
@@ -40,7 +38,7 @@ def _model(config: RunConfig) -> Iterator[str]:
         )
 
 
-def _residual(config: RunConfig) -> Iterator[str]:
+def _residual(config: RunSections) -> Iterator[str]:
     residual = config.residual
     if residual.kind.value == "residual" and residual.num_streams != 1:
         yield (
@@ -49,7 +47,7 @@ def _residual(config: RunConfig) -> Iterator[str]:
         )
 
 
-def _experts(config: RunConfig) -> Iterator[str]:
+def _experts(config: RunSections) -> Iterator[str]:
     parallel, num_experts = config.parallel, config.model.num_experts
     try:
         Topology(parallel.pipeline, parallel.data, parallel.expert).check()
@@ -63,7 +61,7 @@ def _experts(config: RunConfig) -> Iterator[str]:
         )
 
 
-def _recompute(config: RunConfig) -> Iterator[str]:
+def _recompute(config: RunSections) -> Iterator[str]:
     kind = config.residual.kind
     if config.recompute.mode == "mhc" and kind not in ("mhc", "identity"):
         yield (
@@ -73,7 +71,7 @@ def _recompute(config: RunConfig) -> Iterator[str]:
         )
 
 
-def _schedule(config: RunConfig) -> Iterator[str]:
+def _schedule(config: RunSections) -> Iterator[str]:
     pipeline = config.parallel.pipeline
     try:
         schedule = make_schedule(config.schedule.name, pipeline, config.schedule.num_microbatches)
@@ -97,7 +95,7 @@ def _schedule(config: RunConfig) -> Iterator[str]:
         )
 
 
-def _optimizer(config: RunConfig) -> Iterator[str]:
+def _optimizer(config: RunSections) -> Iterator[str]:
     fractions = [fraction for fraction, _ in config.optim.decay_at]
     if fractions != sorted(set(fractions)):
         yield (
@@ -106,7 +104,7 @@ def _optimizer(config: RunConfig) -> Iterator[str]:
         )
 
 
-def _ports(config: RunConfig) -> Iterator[str]:
+def _ports(config: RunSections) -> Iterator[str]:
     port, processes = config.observe.metrics_port, config.parallel.pipeline * config.parallel.data
     if port and port + processes - 1 > 65535:
         yield (
@@ -115,10 +113,7 @@ def _ports(config: RunConfig) -> Iterator[str]:
         )
 
 
-def _deepspeed(config: RunConfig) -> Iterator[str]:
-    # Imported when used: that module knows RunConfig, which cannot be made without this one.
-    from mhc_dist.optim.deepspeed_config import check_config
-
+def _deepspeed(config: RunSections) -> Iterator[str]:
     try:
         check_config(config.deepspeed)
     except ValueError as error:

@@ -17,7 +17,8 @@ from typing import Any, Literal
 from mhc_dist.bench.alone import Nobody, random_microbatches, whole_stage
 from mhc_dist.bench.heap import heap_bytes
 from mhc_dist.bench.result import shown_command, write_result
-from mhc_dist.config import RecomputeConfig, RunConfig, load_config
+from mhc_dist.config import RunConfig, load_config
+from mhc_dist.config_sections import RecomputeConfig
 from mhc_dist.parallel.recompute import best_block, phase_blocks
 from mhc_dist.pipeline.action import Action, ActionKind
 from mhc_dist.pipeline.executor import Executor

@@ -20,7 +20,8 @@ import torch
 
 from mhc_dist.bench.alone import Nobody, random_microbatches, whole_stage
 from mhc_dist.bench.result import shown_command, write_result
-from mhc_dist.config import KernelsConfig, ResidualKind, RunConfig, load_config
+from mhc_dist.config import RunConfig, load_config
+from mhc_dist.config_sections import KernelsConfig, ResidualKind
 from mhc_dist.pipeline.executor import Executor
 from mhc_dist.pipeline.trace import StepPhase
 from mhc_dist.plan.run_programs import plan_run

@@ -30,7 +30,8 @@ from torch.multiprocessing.spawn import spawn
 from mhc_dist.bench.alone import Nobody, random_microbatches
 from mhc_dist.bench.hidden import HiddenReport, hidden_report
 from mhc_dist.bench.result import shown_command, write_result
-from mhc_dist.config import RecomputeConfig, RunConfig, load_config
+from mhc_dist.config import RunConfig, load_config
+from mhc_dist.config_sections import RecomputeConfig
 from mhc_dist.parallel.emulated_link import EmulatedLink
 from mhc_dist.parallel.expert_exchange import ExpertExchange
 from mhc_dist.parallel.process_groups import ProcessGroups

@@ -16,7 +16,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from mhc_dist.config import DataConfig
+from mhc_dist.config_sections import DataConfig
 from mhc_dist.data.batches import check_num_tokens
 from mhc_dist.data.corpus import PYTHON_STDLIB, Corpus, python_stdlib, text_folder
 from mhc_dist.data.encode import ByteEncoder, Encoder

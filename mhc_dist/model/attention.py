@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from mhc_dist.config import ModelConfig
+from mhc_dist.config_sections import ModelConfig
 from mhc_dist.model.linear import Linear
 from mhc_dist.model.norm import RMSNorm
 

@@ -7,7 +7,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass, fields
 
-from mhc_dist.config import ModelConfig, ResidualConfig, ResidualKind, RunConfig
+from mhc_dist.config import RunConfig
+from mhc_dist.config_sections import ModelConfig, ResidualConfig, ResidualKind
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,8 @@ A multiply-add counts as two. The backward takes twice the forward: once for inp
 
 from __future__ import annotations
 
-from mhc_dist.config import ResidualKind, RunConfig
+from mhc_dist.config import RunConfig
+from mhc_dist.config_sections import ResidualKind
 
 
 def attention_flops_per_token(config: RunConfig) -> int:

@@ -22,7 +22,7 @@ from mhc_kernels.seam import Connection as SeamParameters
 from mhc_kernels.seam import ConnectionSpec, Mixing, Seam, SeamBackend
 from torch import Tensor, nn
 
-from mhc_dist.config import ModelConfig, ResidualConfig, ResidualKind
+from mhc_dist.config_sections import ModelConfig, ResidualConfig, ResidualKind
 from mhc_dist.model.norm import RMSNorm
 
 

@@ -12,7 +12,8 @@ import math
 import torch
 from torch import Tensor, nn
 
-from mhc_dist.config import ResidualConfig, RunConfig
+from mhc_dist.config import RunConfig
+from mhc_dist.config_sections import ResidualConfig
 from mhc_dist.model.hyper_connection import HyperConnection, ManifoldConnection, StreamHead
 from mhc_dist.model.linear import GroupedLinear
 from mhc_dist.model.moe import Experts

@@ -11,7 +11,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from mhc_dist.config import ModelConfig
+from mhc_dist.config_sections import ModelConfig
 from mhc_dist.model.feed_forward import FeedForward, swiglu
 from mhc_dist.model.linear import GroupedLinear
 

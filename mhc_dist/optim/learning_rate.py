@@ -6,7 +6,7 @@ A pure function of the step, so that resuming needs nothing but the step's numbe
 
 from __future__ import annotations
 
-from mhc_dist.config import OptimConfig
+from mhc_dist.config_sections import OptimConfig
 
 
 def learning_rate(optim: OptimConfig, num_steps: int, step: int) -> float:

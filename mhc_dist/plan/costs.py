@@ -5,7 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from mhc_dist.config import ResidualKind, RunConfig
+from mhc_dist.config import RunConfig
+from mhc_dist.config_sections import ResidualKind
 from mhc_dist.parallel.layout import ChunkPlace, expert_layers
 from mhc_dist.pipeline.action import CHUNK_INPUT, PhaseShape
 from mhc_dist.pipeline.cost import CostTable, ExchangeCost, MessageCost, PhaseCost

@@ -5,7 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from itertools import pairwise
 
-from mhc_dist.config import RecomputeConfig, ResidualKind, RunConfig
+from mhc_dist.config import RunConfig
+from mhc_dist.config_sections import RecomputeConfig, ResidualKind
 from mhc_dist.model.flops import head_flops_per_token, layer_flops_per_token
 from mhc_dist.parallel.layout import ChunkPlace, chunk_places, chunk_shape
 from mhc_dist.parallel.partition import partition

@@ -6,7 +6,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import lru_cache
 
-from mhc_dist.config import ResidualKind, RunConfig
+from mhc_dist.config import RunConfig
+from mhc_dist.config_sections import ResidualKind
 from mhc_dist.parallel.partition import partition
 from mhc_dist.parallel.recompute import best_block
 from mhc_dist.pipeline.schedules.coarse import CoarseSchedule

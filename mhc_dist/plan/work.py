@@ -8,7 +8,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from mhc_dist.config import ModelConfig, ResidualKind, RunConfig
+from mhc_dist.config import RunConfig
+from mhc_dist.config_sections import ModelConfig, ResidualKind
 from mhc_dist.model.count import dense_width
 
 

@@ -3,7 +3,8 @@ from typing import Any
 import pytest
 
 from mhc_dist.config import RunConfig
-from mhc_dist.optim.deepspeed_config import ALLOWED, OWNED, check_config, engine_config
+from mhc_dist.optim.deepspeed_config import engine_config
+from mhc_dist.optim.deepspeed_options import ALLOWED, OWNED, check_config
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,6 @@
 import pytest
 
-from mhc_dist.config import OptimConfig
+from mhc_dist.config_sections import OptimConfig
 from mhc_dist.optim.learning_rate import learning_rate
 
 PAPER = OptimConfig(peak_learning_rate=1.0, warmup_steps=4, decay_at=((0.8, 0.316), (0.9, 0.1)))

@@ -12,7 +12,7 @@ from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import WhitespaceSplit
 
-from mhc_dist.config import DataConfig
+from mhc_dist.config_sections import DataConfig
 from mhc_dist.data import token_files, tokens
 from mhc_dist.data.corpus import Corpus
 from mhc_dist.data.encode import Encoder, NotTextError, TokenizerEncoder, text_pieces, token_dtype

@@ -8,7 +8,7 @@ import pytest
 import torch
 from mhc_kernels.seam import BACKEND_NAMES, make_backend
 
-from mhc_dist.config import KernelsConfig
+from mhc_dist.config_sections import KernelsConfig
 
 
 def test_config_offers_exactly_the_backends_there_are() -> None:
