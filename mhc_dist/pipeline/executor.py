@@ -54,7 +54,8 @@ class Executor:
     """One rank's executor.
 
     rank: pipeline rank. chunks: this rank's chunks by index. on_action: told every action before it starts,
-    so that a watchdog can say where a rank is stuck.
+    so that a watchdog can say where a rank is stuck. stretch: called when an action is done, with the time it
+    started; what it spends counts as part of the action (benches give actions their nominal time with it).
     """
 
     def __init__(
@@ -63,8 +64,10 @@ class Executor:
         chunks: Mapping[int, Chunk],
         transport: Transport,
         on_action: Callable[[Action], None] | None = None,
+        stretch: Callable[[Action, float], None] | None = None,
     ) -> None:
         self._rank, self._chunks, self._transport, self._on_action = rank, chunks, transport, on_action
+        self._stretch = stretch
         self._items: dict[tuple[int, str], Item] = {
             (chunk.index, item.shape.name): item for chunk in chunks.values() for item in chunk.items
         }
@@ -84,6 +87,8 @@ class Executor:
                 self._on_action(action)
             start = perf_counter()
             payload_bytes = run.do(action)
+            if self._stretch is not None:
+                self._stretch(action, start)
             trace.events.append(Event(action, start, perf_counter(), payload_bytes))
         self._transport.drain()
         run.check_finished()
