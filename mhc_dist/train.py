@@ -29,10 +29,13 @@ from mhc_dist.data.tokens import default_cache_folder, open_tokens
 from mhc_dist.guard.exit_codes import ExitCode
 from mhc_dist.guard.peers import PeerWatch, WatchLimits
 from mhc_dist.guard.signals import SignalInbox
+from mhc_dist.model.flops import model_flops_per_token
+from mhc_dist.observe.metrics import Work
 from mhc_dist.observe.reporter import RunReporter, StepFigures
 from mhc_dist.parallel.agreement import check_agreement
 from mhc_dist.parallel.expert_balance import balance_routers
 from mhc_dist.parallel.process_groups import ProcessGroups, destroy, init_distributed, run_store
+from mhc_dist.plan.device_peak import device_peak_flops
 from mhc_dist.plan.run_programs import RunPrograms, plan_run
 from mhc_dist.topology import Topology
 from mhc_dist.worker import Worker
@@ -87,7 +90,8 @@ def train(config: RunConfig, place: RankEnvironment, device: torch.device, watch
     num_validated = config.sequences_per_step * config.train.validation_batches
     windows = ValidationWindows(tokens.validation, config.data.sequence_length, num_validated)
 
-    with RunReporter(config, topology, place.local_rank, place.local_world_size) as reporter:
+    work = Work(model_flops_per_token(config), device_peak_flops(config))
+    with RunReporter(config, topology, place.local_rank, place.local_world_size, work) as reporter:
         reporter.announce(describe(config, programs, tokens.description, device))
         for step in range(config.train.steps):
             figures = train_step(worker, batches, step, stop=watch.stop_reason is not None)

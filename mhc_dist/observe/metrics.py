@@ -15,6 +15,8 @@ from importlib import metadata
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, Info, disable_created_metrics
 
+from mhc_dist.observe.fault_series import FaultSeries
+from mhc_dist.observe.stage_series import StageSeries
 from mhc_dist.pipeline.trace import StepPhase
 
 STEP_SECONDS_BUCKETS = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 25.0, 50.0, 100.0, 250.0)
@@ -58,6 +60,18 @@ class RankStep:
 
 
 @dataclass(frozen=True, slots=True)
+class Work:
+    """What utilisation is computed from.
+
+    flops_per_token: forward and backward of the whole model. peak_flops: of one device, per second, dense,
+    in the run's precision; None where no cluster file says.
+    """
+
+    flops_per_token: int
+    peak_flops: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
 class RankLabels:
     """Who this rank is; on `mhc_rank_info` only, joined to other series by the query."""
 
@@ -74,10 +88,20 @@ class TrainMetrics:
     Args:
         labels: who this rank is.
         reports_run: whether this is the one rank that exports the numbers of the whole run.
+        work: the model's operations per token and the device's peak.
         clock: Unix time, replaced in tests.
+
+    faults: checkpoints and guards, on the rank that reports the run; None elsewhere.
+    stage: stability and expert load, on the first data rank of each pipeline stage; None elsewhere.
     """
 
-    def __init__(self, labels: RankLabels, reports_run: bool, clock: Callable[[], float] = time.time) -> None:
+    def __init__(
+        self,
+        labels: RankLabels,
+        reports_run: bool,
+        work: Work | None = None,
+        clock: Callable[[], float] = time.time,
+    ) -> None:
         # Creation timestamps would double the number of series and nobody queries them.
         disable_created_metrics()
         self.registry = registry = CollectorRegistry()
@@ -132,7 +156,9 @@ class TrainMetrics:
         )
         # The hang alert must not fire on a rank that is still building its first step.
         self._last_step_timestamp.set(clock())
-        self._run = _RunSeries(registry) if reports_run else None
+        self._run = _RunSeries(registry, work) if reports_run else None
+        self.faults = FaultSeries(registry, clock) if reports_run else None
+        self.stage = StageSeries(registry, labels.pp_stage) if labels.dp_rank == 0 else None
 
     def record_rank_step(self, step: RankStep) -> None:
         """Count one step of this rank. Raises ValueError for an unknown phase or operation."""
@@ -162,7 +188,8 @@ class TrainMetrics:
 
 
 class _RunSeries:
-    def __init__(self, registry: CollectorRegistry) -> None:
+    def __init__(self, registry: CollectorRegistry, work: Work | None) -> None:
+        self._work = work
         self.step = Gauge("mhc_step", "Number of the last finished step", registry=registry)
         self.loss = Gauge("mhc_loss", "Training loss, nats per token", registry=registry)
         self.validation_loss = Gauge(
@@ -172,6 +199,16 @@ class _RunSeries:
         self.learning_rate = Gauge("mhc_learning_rate", "Learning rate of the last step", registry=registry)
         self.tokens = Counter("mhc_tokens", "Tokens trained on, all data ranks", registry=registry)
         self.steps = Counter("mhc_steps", "Steps finished by this process", registry=registry)
+        if work is not None:
+            self.flops = Counter(
+                "mhc_model_flops",
+                "Operations of the model's forward and backward, all ranks",
+                registry=registry,
+            )
+            if work.peak_flops is not None:
+                Gauge(
+                    "mhc_device_peak_flops", "Dense operations per second of one device", registry=registry
+                ).set(work.peak_flops)
         # Until there is a first value a 0 would be a claim: no loss, no norm, no rate is 0.
         for gauge in (self.loss, self.validation_loss, self.grad_norm, self.learning_rate):
             gauge.set(float("nan"))
@@ -182,6 +219,8 @@ class _RunSeries:
         self.grad_norm.set(step.grad_norm)
         self.learning_rate.set(step.learning_rate)
         self.tokens.inc(step.num_tokens)
+        if self._work is not None:
+            self.flops.inc(step.num_tokens * self._work.flops_per_token)
         self.steps.inc()
 
 

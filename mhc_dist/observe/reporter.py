@@ -19,7 +19,7 @@ import psutil
 from mhc_dist.config import RunConfig
 from mhc_dist.observe.exporter import start_exporter
 from mhc_dist.observe.loss_plot import plot_loss
-from mhc_dist.observe.metrics import CommOp, CommUse, RankLabels, RankStep, RunStep, TrainMetrics
+from mhc_dist.observe.metrics import CommOp, CommUse, RankLabels, RankStep, RunStep, TrainMetrics, Work
 from mhc_dist.observe.progress import TrainProgress
 from mhc_dist.observe.run_log import RunLog
 from mhc_dist.pipeline.trace import StepPhase, Trace
@@ -52,7 +52,14 @@ class StepFigures:
 class RunReporter:
     """Opens what this rank writes; a context manager that closes it again, however the run ends."""
 
-    def __init__(self, config: RunConfig, topology: Topology, local_rank: int, local_world_size: int) -> None:
+    def __init__(
+        self,
+        config: RunConfig,
+        topology: Topology,
+        local_rank: int,
+        local_world_size: int,
+        work: Work | None = None,
+    ) -> None:
         self._config = config
         self._is_first_rank = topology.rank == 0
         labels = RankLabels(
@@ -62,7 +69,7 @@ class RunReporter:
             dp_rank=topology.data_rank,
             ep_rank=topology.expert_rank,
         )
-        self._metrics = TrainMetrics(labels, reports_run=self._is_first_rank)
+        self._metrics = TrainMetrics(labels, reports_run=self._is_first_rank, work=work)
         self._local_rank, self._local_world_size = local_rank, local_world_size
         self._open = ExitStack()
         self._log: RunLog | None = None
@@ -97,6 +104,8 @@ class RunReporter:
     def step(self, figures: StepFigures, validation_loss: float | None = None) -> None:
         """A training step, and the validation after it if there was one, is done: one record in the log."""
         self._metrics.record_rank_step(_rank_step(figures))
+        if self._metrics.stage is not None and figures.load_max_to_mean_ratio is not None:
+            self._metrics.stage.record_load(figures.load_max_to_mean_ratio)
         self._metrics.record_run_step(
             RunStep(figures.step, figures.loss, figures.num_tokens, figures.grad_norm, figures.learning_rate)
         )

@@ -6,7 +6,8 @@ import pytest
 from prometheus_client import generate_latest
 from prometheus_client.parser import text_string_to_metric_families
 
-from mhc_dist.observe.metrics import CommOp, CommUse, RankLabels, RankStep, RunStep, TrainMetrics
+from mhc_dist.observe.fault_series import NonfiniteReason
+from mhc_dist.observe.metrics import CommOp, CommUse, RankLabels, RankStep, RunStep, TrainMetrics, Work
 from mhc_dist.pipeline.trace import StepPhase
 
 LABELS = RankLabels(global_rank=3, node="node1", pp_stage=1, dp_rank=1, ep_rank=1)
@@ -108,3 +109,61 @@ def test_an_unknown_phase_is_refused() -> None:
     metrics = TrainMetrics(LABELS, True)
     with pytest.raises(ValueError, match="forwards"):
         metrics.record_rank_step(RankStep(1.0, {"forwards": 1.0}))  # type: ignore[dict-item]
+
+
+def test_operations_follow_tokens_and_the_peak_is_known_only_with_a_cluster() -> None:
+    """Oracle: tokens x operations per token, by hand."""
+    with_peak = TrainMetrics(LABELS, reports_run=True, work=Work(flops_per_token=7, peak_flops=1e12))
+    without = TrainMetrics(LABELS, reports_run=True, work=Work(flops_per_token=7))
+    for metrics in (with_peak, without):
+        metrics.record_run_step(make_step(1))
+    assert scrape(with_peak)["mhc_model_flops_total{}"] == 7000
+    assert scrape(with_peak)["mhc_device_peak_flops{}"] == 1e12
+    assert scrape(without)["mhc_model_flops_total{}"] == 7000
+    assert "mhc_device_peak_flops{}" not in scrape(without)
+
+
+def test_only_the_first_data_rank_speaks_for_its_stage() -> None:
+    """Oracle: the labels given; two ranks exporting one stage would be summed by a dashboard."""
+    assert TrainMetrics(LABELS, reports_run=False).stage is None
+    leader = TrainMetrics(
+        RankLabels(global_rank=2, node="node1", pp_stage=1, dp_rank=0, ep_rank=0), reports_run=False
+    )
+    assert leader.stage is not None
+    leader.stage.record_load(1.5)
+    leader.stage.record_stability(
+        forward_gain=1.1, backward_gain=1.2, row_residual=1e-6, column_residual=2e-6
+    )
+    series = scrape(leader)
+    assert series["mhc_moe_load_max_to_mean_ratio{stage=1}"] == 1.5
+    assert series["mhc_moe_dropped_tokens_total{stage=1}"] == 0
+    assert series["mhc_amax_gain{direction=forward,stage=1}"] == 1.1
+    assert series["mhc_amax_gain{direction=backward,stage=1}"] == 1.2
+    assert series["mhc_sinkhorn_residual{axis=rows,stage=1}"] == 1e-6
+    assert series["mhc_sinkhorn_residual{axis=columns,stage=1}"] == 2e-6
+
+
+def test_faults_are_counted_from_zero() -> None:
+    """Oracle: counts by hand; a series must exist before its first event, or a rate misses it."""
+    metrics = TrainMetrics(LABELS, reports_run=True, clock=lambda: 50.0)
+    assert metrics.faults is not None
+    before = scrape(metrics)
+    names = ("mhc_checkpoint_failures", "mhc_loss_spikes", "mhc_restarts", "mhc_rollbacks")
+    assert all(before[f"{name}_total{{}}"] == 0 for name in names)
+    assert all(
+        before[f"mhc_nonfinite_steps_total{{reason={reason.value}}}"] == 0 for reason in NonfiniteReason
+    )
+    metrics.faults.checkpoint_failed()
+    metrics.faults.checkpoint_committed(2.5)
+    metrics.faults.nonfinite_step(NonfiniteReason.GRADIENT)
+    metrics.faults.loss_spike()
+    metrics.faults.restarted(3)
+    metrics.faults.rolled_back()
+    after = scrape(metrics)
+    assert after["mhc_checkpoint_failures_total{}"] == 1
+    assert after["mhc_checkpoint_last_success_timestamp_seconds{}"] == 50.0
+    assert after["mhc_checkpoint_save_duration_seconds{}"] == 2.5
+    assert after["mhc_nonfinite_steps_total{reason=gradient}"] == 1
+    assert after["mhc_loss_spikes_total{}"] == 1
+    assert after["mhc_restarts_total{}"] == 3
+    assert after["mhc_rollbacks_total{}"] == 1
