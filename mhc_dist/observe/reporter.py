@@ -22,6 +22,7 @@ from mhc_dist.observe.loss_plot import plot_loss
 from mhc_dist.observe.metrics import CommOp, CommUse, RankLabels, RankStep, RunStep, TrainMetrics, Work
 from mhc_dist.observe.progress import TrainProgress
 from mhc_dist.observe.run_log import RunLog
+from mhc_dist.observe.target_file import announced_target
 from mhc_dist.pipeline.trace import StepPhase, Trace
 from mhc_dist.topology import Topology
 
@@ -61,7 +62,7 @@ class RunReporter:
         work: Work | None = None,
     ) -> None:
         self._config = config
-        self._is_first_rank = topology.rank == 0
+        self._rank, self._is_first_rank = topology.rank, topology.rank == 0
         labels = RankLabels(
             global_rank=topology.rank,
             node=socket.gethostname(),
@@ -86,6 +87,15 @@ class RunReporter:
                 self._metrics.registry, port + self._local_rank, stride=self._local_world_size
             )
             self._open.callback(exporter.close)
+            self._open.enter_context(
+                announced_target(
+                    self._config.train.output,
+                    self._config.train.name,
+                    self._rank,
+                    socket.gethostname(),
+                    exporter.port,
+                )
+            )
         if self._is_first_rank:
             self._log = self._open.enter_context(RunLog.create(self._config.folder))
             self._progress = self._open.enter_context(TrainProgress(self._config.train.steps))
