@@ -5,8 +5,9 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 PIP := $(BIN)/python -m pip --disable-pip-version-check -q
 JOBS ?= 2
+APT := DEBIAN_FRONTEND=noninteractive apt-get -o DPkg::Lock::Timeout=300
 
-.PHONY: setup train test test-long gpu-check check format clean
+.PHONY: setup tools train test test-long gpu-check check format clean
 
 setup: $(STAMP)
 
@@ -23,13 +24,23 @@ $(STAMP): requirements.lock pyproject.toml
 	$(PIP) check
 	touch $(STAMP)
 
+# Servers and a browser that tests run for real. Without apt those tests are skipped, and say so.
+TOOLS := $(VENV)/.debian-packages
+tools: $(TOOLS)
+
+$(TOOLS): tests/debian-packages.txt | $(STAMP)
+	@command -v apt-get > /dev/null || echo "tools: no apt-get here, tests that need $$(xargs < $<) will be SKIPPED" >&2
+	@! command -v apt-get > /dev/null || dpkg -s $$(cat $<) > /dev/null 2>&1 || { \
+	  $(APT) update -q && $(APT) install -y -q --no-install-recommends $$(cat $<); }
+	touch $@
+
 train: setup
 	$(BIN)/mhc-dist train configs/tiny.yaml
 
-test: setup
+test: setup tools
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS)
 
-test-long: setup
+test-long: setup tools
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m long --timeout 1800
 
 gpu-check: setup
