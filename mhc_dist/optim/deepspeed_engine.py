@@ -25,7 +25,7 @@ import math
 import os
 import sys
 import types
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -36,7 +36,7 @@ from torch import Tensor, nn
 from mhc_dist.config import RunConfig
 from mhc_dist.optim.adamw import FlatAdamW
 from mhc_dist.optim.deepspeed_config import engine_config
-from mhc_dist.optim.engine_state import EngineState, FlatGroup, ParameterState
+from mhc_dist.optim.engine_state import EngineState, FlatGroup, ParameterState, Partition
 from mhc_dist.optim.learning_rate import learning_rate
 from mhc_dist.optim.parameter_groups import cast_to_bf16, parameter_groups
 from mhc_dist.optim.replicas import check_replicas
@@ -117,11 +117,15 @@ def check_contract(
 
 @dataclass(frozen=True)
 class StepOutcome:
-    """What an optimizer step did. `applied` is False when the gradient was not finite: nothing changed."""
+    """What an optimizer step did, the same on all ranks.
+
+    `applied` is False when a loss or the gradient was not finite: nothing changed.
+    """
 
     grad_norm: float
     learning_rate: float
     applied: bool
+    losses_finite: bool
 
 
 class _FlatOptimizer(BF16_Optimizer):  # type: ignore[misc]
@@ -142,6 +146,8 @@ class _FlatOptimizer(BF16_Optimizer):  # type: ignore[misc]
         self._data_size = data_size
         self._reductions: list[dist.Work] = []
         self.is_reduced = False
+        self.losses: Sequence[Tensor] = ()
+        self.losses_finite = True
         self._global_grad_norm = 0.0
         super().__init__(
             basic,
@@ -195,7 +201,7 @@ class _FlatOptimizer(BF16_Optimizer):  # type: ignore[misc]
         # One host sync a step: clipping and skipping are decided here, the norm is reported.
         norm = self._norm_of_whole_model(gradients)
         self._global_grad_norm = norm
-        self.overflow = not math.isfinite(norm)
+        self.overflow = not (math.isfinite(norm) and self.losses_finite)
         if self.overflow:
             return
         factor = 1.0 / self._data_size
@@ -209,11 +215,20 @@ class _FlatOptimizer(BF16_Optimizer):  # type: ignore[misc]
         self.update_lp_params()
 
     def _norm_of_whole_model(self, gradients: list[Tensor]) -> float:
-        """Norm of the mean gradient of all parameters of all stages: partitions overlap nowhere."""
+        """Norm of the mean gradient of all parameters of all stages: partitions overlap nowhere.
+
+        On the way it learns whether all losses of all ranks are finite.
+        """
         norms = [torch.linalg.vector_norm(gradient) for gradient in gradients]
         squares = torch.stack(norms).double().square().sum()
-        dist.all_reduce(squares)
-        return math.sqrt(squares.item()) / self._data_size
+        bad_losses = squares.new_zeros(())
+        for loss in self.losses:
+            bad_losses += ~loss.isfinite().all()
+        facts = torch.stack([squares, bad_losses])
+        dist.all_reduce(facts)
+        total, num_bad_losses = facts.tolist()
+        self.losses_finite = num_bad_losses == 0
+        return math.sqrt(total) / self._data_size
 
     @torch.no_grad()
     def update_lp_params(self) -> None:
@@ -312,7 +327,10 @@ class OptimizerEngine:
         topology.check()
         topology.check_world_size(dist.get_world_size())
         options = engine_config(config)
+        # Masters start from the weights as they were drawn, not from their rounding.
+        drawn: dict[str, Tensor] = {}
         if config.train.precision == "bf16":
+            drawn = {name: parameter.detach().clone() for name, parameter in module.named_parameters()}
             cast_to_bf16(module)
         self._config, self._topology = config, topology
         self._groups = parameter_groups(module.named_parameters())
@@ -334,6 +352,14 @@ class OptimizerEngine:
             for parameters, group in zip(self._groups, self._optimizer.real_dp_process_group, strict=True)
         ]
         self._main_gradients = self._connect_parameters()
+        if drawn:
+            self._set_masters(drawn)
+
+    def _set_masters(self, drawn: Mapping[str, Tensor]) -> None:
+        for partition in self.partitions():
+            for fragment in partition.fragments:
+                values = drawn[fragment.name].flatten()[fragment.start : fragment.stop]
+                fragment.of(partition.master).copy_(values)
 
     def _build(
         self,
@@ -430,12 +456,13 @@ class OptimizerEngine:
         """Start summing gradients over replicas. No gradient may arrive from now until `finish_step`."""
         self._engine.allreduce_gradients()
 
-    def finish_step(self) -> StepOutcome:
+    def finish_step(self, losses: Sequence[Tensor] = ()) -> StepOutcome:
         """Reduce (if not begun), clip by the norm over the whole model, step, zero the main gradients.
 
-        The mean over data ranks of what each accumulated is the gradient. A gradient that is not finite
-        leaves weights and moments as they are.
+        The mean over data ranks of what each accumulated is the gradient. A gradient that is not finite, or
+        one of `losses` (this rank's, of the step) on any rank, leaves weights and moments as they are.
         """
+        self._optimizer.losses = losses
         if not self._optimizer.is_reduced:
             self.reduce_gradients()
         rate = learning_rate(self._config.optim, self._config.train.steps, self._num_steps)
@@ -443,7 +470,13 @@ class OptimizerEngine:
             group["lr"] = rate
         self._engine.step()
         self._num_steps += 1
-        return StepOutcome(self._optimizer._global_grad_norm, rate, not self._optimizer.overflow)
+        self._optimizer.losses = ()
+        return StepOutcome(
+            self._optimizer._global_grad_norm,
+            rate,
+            applied=not self._optimizer.overflow,
+            losses_finite=self._optimizer.losses_finite,
+        )
 
     def reduced_gradients(self) -> dict[str, Tensor]:
         """Mean gradients, unclipped and whole, by parameter name; between reduce and finish. For tests."""
@@ -471,31 +504,33 @@ class OptimizerEngine:
                 parameters[name] = ParameterState(masters[name], first[name], second[name])
         return EngineState(self._num_steps, num_updates, parameters)
 
-    @torch.no_grad()
-    def import_state(self, state: EngineState) -> None:
-        """Continue from `state`: every rank takes its partitions of it. Collective, like `export_state`.
-
-        Raises ValueError when the names or shapes are not those of this rank's parameters.
-        """
-        shapes = {
-            name: shape
-            for flat_group in self._flat_groups
-            for name, shape in zip(flat_group.names, flat_group.shapes, strict=True)
-        }
-        state.check_shapes(shapes, self._topology.rank)
-        given = state.parameters
+    def partitions(self) -> list[Partition]:
+        """What this rank owns of masters and moments; the tensors the optimizer works on, not copies."""
+        found = []
         for flat_group, master in zip(
             self._flat_groups, self._optimizer.fp32_groups_flat_partition, strict=True
         ):
             adam = self._optimizer.optimizer.state_of(master)
-            flat_group.scatter({name: given[name].master for name in flat_group.names}, master.detach())
-            flat_group.scatter({name: given[name].first_moment for name in flat_group.names}, adam["exp_avg"])
-            flat_group.scatter(
-                {name: given[name].second_moment for name in flat_group.names}, adam["exp_avg_sq"]
-            )
-            adam["step"].fill_(state.num_updates)
+            fragments = flat_group.fragments(master.numel())
+            found.append(Partition(fragments, master.detach(), adam["exp_avg"], adam["exp_avg_sq"]))
+        return found
+
+    @property
+    def num_updates(self) -> int:
+        """Steps that were applied; equal for all parameters."""
+        master = self._optimizer.fp32_groups_flat_partition[0]
+        return int(self._optimizer.optimizer.state_of(master)["step"].item())
+
+    @torch.no_grad()
+    def continue_from(self, num_steps: int, num_updates: int) -> None:
+        """Take the partitions as they were after `num_steps` steps, of which `num_updates` were applied.
+
+        Collective: every rank's rounded parameters are gathered anew from the masters.
+        """
+        for master in self._optimizer.fp32_groups_flat_partition:
+            self._optimizer.optimizer.state_of(master)["step"].fill_(num_updates)
         self._optimizer.update_lp_params()
-        self._num_steps = state.num_steps
+        self._num_steps = num_steps
 
     def write_monitors(self, values: Mapping[str, float], step: int) -> None:
         """Send figures to the monitors that the run switched on under `deepspeed:` (rank 0 writes)."""

@@ -1,11 +1,11 @@
-"""The optimizer's state under the parameters' names, and its way out of and into flat partitions."""
+"""The optimizer's state under the parameters' names: how flat partitions are cut into fragments of them."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 
-import torch
 import torch.distributed as dist
 from torch import Tensor
 
@@ -23,7 +23,7 @@ class ParameterState:
 
 @dataclass(frozen=True)
 class EngineState:
-    """All that the optimizer of this rank's parameters needs to continue: for tests and checkpoints.
+    """All that the optimizer of this rank's parameters knows, gathered from its replicas.
 
     `num_steps` counts `finish_step` calls and drives the learning rate; `num_updates` counts those that were
     applied and drives Adam's bias correction.
@@ -33,16 +33,34 @@ class EngineState:
     num_updates: int
     parameters: dict[str, ParameterState]
 
-    def check_shapes(self, expected: dict[str, tuple[int, ...]], rank: int) -> None:
-        """Raise ValueError when names or shapes are not the `expected` ones of this rank's parameters."""
-        given = {name: tuple(entry.master.shape) for name, entry in self.parameters.items()}
-        differing = sorted(name for name in expected | given if expected.get(name) != given.get(name))
-        if differing:
-            raise ValueError(
-                f"rank {rank}: {len(differing)} of {len(expected)} parameters are missing, unknown or of"
-                f" another shape in the given state, first {differing[0]}: expected"
-                f" {expected.get(differing[0])}, given {given.get(differing[0])}. Use the model it came from."
-            )
+
+@dataclass(frozen=True)
+class FlatFragment:
+    """Elements start .. stop-1 of a flattened parameter; they begin at element `begin` of a partition."""
+
+    name: str
+    shape: tuple[int, ...]
+    start: int
+    stop: int
+    begin: int
+
+    def of(self, partition: Tensor) -> Tensor:
+        """Its elements in a partition or a copy of one; a view, (stop - start,)."""
+        return partition[self.begin : self.begin + self.stop - self.start]
+
+
+@dataclass(frozen=True)
+class Partition:
+    """What one rank's optimizer owns of a parameter group: flat fp32 tensors of equal length.
+
+    The partitions of all ranks together hold every element of every parameter exactly once. What lies
+    beyond the last fragment is padding.
+    """
+
+    fragments: tuple[FlatFragment, ...]
+    master: Tensor
+    first_moment: Tensor
+    second_moment: Tensor
 
 
 @dataclass(frozen=True)
@@ -69,10 +87,21 @@ class FlatGroup:
             for name, shape, piece in zip(self.names, self.shapes, pieces, strict=True)
         }
 
-    def scatter(self, whole: dict[str, Tensor], partition: Tensor) -> None:
-        """Fill this rank's `partition` (fp32) from whole tensors by name; every rank has them all."""
-        flat = partition.new_zeros(partition.numel() * dist.get_world_size(self.group))
-        pieces = torch.cat([whole[name].reshape(-1).to(flat.device, flat.dtype) for name in self.names])
-        flat[: pieces.numel()] = pieces
-        rank = dist.get_rank(self.group)
-        partition.copy_(flat[rank * partition.numel() : (rank + 1) * partition.numel()])
+    def fragments(self, num_elements: int) -> tuple[FlatFragment, ...]:
+        """What lies where in this rank's partition of `num_elements` elements."""
+        return tuple(
+            cut_fragments(self.names, self.shapes, dist.get_rank(self.group) * num_elements, num_elements)
+        )
+
+
+def cut_fragments(
+    names: tuple[str, ...], shapes: tuple[tuple[int, ...], ...], first: int, num_elements: int
+) -> Iterator[FlatFragment]:
+    """What elements first .. first+num_elements-1 hold of parameters laid out end to end; none is empty."""
+    position = 0
+    for name, shape in zip(names, shapes, strict=True):
+        size = math.prod(shape)
+        start, stop = max(first - position, 0), min(first + num_elements - position, size)
+        if start < stop:
+            yield FlatFragment(name, shape, start, stop, position + start - first)
+        position += size

@@ -7,7 +7,7 @@ the local experts, the test hands to it directly. So the gradients are exactly t
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -147,11 +147,12 @@ def run_reference(shape: Shape) -> tuple[list[float], list[dict[str, tuple[Tenso
     """The same training in one process; fp32 masters, module weights in the run's precision."""
     config = shape.config()
     stages = [shape.stage(stage, 0, EXPERTS) for stage in range(shape.topology.pipeline)]
+    working = [parameter for stage in stages for parameter in stage.parameters()]
+    # Masters start from the weights as drawn; what computes starts from their rounding.
+    masters = [nn.Parameter(parameter.detach().clone()) for parameter in working]
     for stage in stages:
         if shape.precision == "bf16":
             cast_to_bf16(stage)
-    working = [parameter for stage in stages for parameter in stage.parameters()]
-    masters = [nn.Parameter(parameter.detach().float().clone()) for parameter in working]
     groups = [
         {"params": [master], "weight_decay": config.optim.weight_decay if decays(master) else 0.0}
         for master in masters
@@ -281,7 +282,7 @@ def test_a_gradient_that_is_not_finite_is_skipped_everywhere() -> None:
             assert torch.equal(before, module.weight.detach())
             assert not engine.main_gradient(module.weight).any()
         else:
-            engine.import_state(replace(engine.export_state(), num_steps=1))
+            engine.continue_from(num_steps=1, num_updates=0)
         module.dense_loss(batch(1, 0, place.data_rank)[0]).backward()
         assert engine.finish_step().applied
         state = engine.export_state()
@@ -292,7 +293,7 @@ def test_a_gradient_that_is_not_finite_is_skipped_everywhere() -> None:
         assert bad[2:] == (2, 1)
 
 
-def test_exported_state_continues_bit_equal() -> None:
+def test_copied_partitions_continue_bit_equal() -> None:
     # Oracle: the run that was not interrupted.
     def step_once(engine: OptimizerEngine, module: Stage, place: Topology, step: int) -> None:
         module.dense_loss(batch(step, 0, place.data_rank)[0]).backward()
@@ -305,10 +306,14 @@ def test_exported_state_continues_bit_equal() -> None:
         engine = OptimizerEngine(first, run_config(place), place)
         for step in range(2):
             step_once(engine, first, place, step)
-        state = engine.export_state()
         second = Stage(7, 0, EXPERTS)
         resumed = OptimizerEngine(second, run_config(place), place)
-        resumed.import_state(state)
+        for theirs, ours in zip(resumed.partitions(), engine.partitions(), strict=True):
+            assert theirs.fragments == ours.fragments
+            theirs.master.copy_(ours.master)
+            theirs.first_moment.copy_(ours.first_moment)
+            theirs.second_moment.copy_(ours.second_moment)
+        resumed.continue_from(num_steps=2, num_updates=engine.num_updates)
         for step in range(2, 4):
             step_once(engine, first, place, step)
             step_once(resumed, second, place, step)
@@ -318,18 +323,48 @@ def test_exported_state_continues_bit_equal() -> None:
     run_ranks(2, run)
 
 
-def test_state_of_another_model_is_refused() -> None:
-    # Oracle: the wording promised to users.
-    def run(rank: int) -> None:
-        place = Topology(1, 1, 1)
-        state = OptimizerEngine(Stage(0, 0, 2), run_config(place), place).export_state()
-        other = OptimizerEngine(Stage(0, 0, 4), run_config(place), place)
-        with pytest.raises(
-            ValueError, match=r"1 of 3 parameters .*first experts: .*\(4, 6, 6\), given \(2, 6, 6\)"
-        ):
-            other.import_state(state)
+def test_partitions_hold_everything_once() -> None:
+    # Oracle: the whole masters, gathered by the optimizer's own collectives.
+    def run(rank: int) -> tuple[int, dict[str, torch.Tensor], list[Any]]:
+        place = Topology(1, 4, 2, rank)
+        module = Stage(0, 2 * place.expert_rank, 2)
+        engine = OptimizerEngine(module, run_config(place), place)
+        whole = {name: entry.master for name, entry in engine.export_state().parameters.items()}
+        pieces = [
+            (piece, piece.of(partition.master))
+            for partition in engine.partitions()
+            for piece in partition.fragments
+        ]
+        return place.expert_rank, whole, pieces
 
-    run_ranks(1, run)
+    seen: dict[tuple[int, str], torch.Tensor] = {}
+    for expert_rank, whole, pieces in run_ranks(4, run):
+        for piece, values in pieces:
+            # Dense parameters are cut over all ranks, experts over those with the same ones.
+            key = (expert_rank if piece.name == "experts" else 0, piece.name)
+            count = seen.setdefault(key, torch.zeros(piece.shape, dtype=torch.int64))
+            count.flatten()[piece.start : piece.stop] += 1
+            assert torch.equal(whole[piece.name].flatten()[piece.start : piece.stop], values)
+    assert {name for _, name in seen} == set(whole)
+    assert all(bool((count == 1).all()) for count in seen.values())
+
+
+def test_a_loss_that_is_not_finite_skips_the_step_everywhere() -> None:
+    # Oracle: the weights before; the gradient itself is finite.
+    def run(rank: int) -> tuple[bool, bool, bool]:
+        place = Topology(2, 1, 1, rank)
+        module = Stage(rank, 0, EXPERTS)
+        engine = OptimizerEngine(module, run_config(place), place)
+        before = module.weight.detach().clone()
+        module.dense_loss(batch(0, 0, 0)[0]).backward()
+        losses = [torch.tensor(1.0), torch.tensor(float("nan"))] if rank == 1 else []
+        outcome = engine.finish_step(losses)
+        assert torch.equal(before, module.weight.detach())
+        assert engine.num_updates == 0
+        module.dense_loss(batch(1, 0, 0)[0]).backward()
+        return outcome.applied, outcome.losses_finite, engine.finish_step().applied
+
+    assert run_ranks(2, run) == [(False, False, True)] * 2
 
 
 def test_replicas_that_differ_are_named() -> None:

@@ -126,9 +126,9 @@ def train_on_rank(rank: int, config: RunConfig) -> Trained:
 def train_oracle(config: RunConfig) -> Trained:
     """The same on one device. In bf16: compute on rounded copies of fp32 masters, sum gradients in fp32."""
     model = oracle_model(config)
+    masters = {name: p.detach().clone().requires_grad_() for name, p in model.named_parameters()}
     if config.train.precision == "bf16":
         cast_to_bf16(model)
-    masters = {name: p.detach().float().clone().requires_grad_() for name, p in model.named_parameters()}
     compared = {name: torch.ones(master.shape, dtype=torch.bool) for name, master in masters.items()}
     optim = config.optim
     groups = [
