@@ -5,12 +5,15 @@ Shapes: B sequences, L positions, T = B * L tokens, n streams (N), C hidden size
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from mhc_kernels.seam import SeamBackend
 from torch import Tensor, nn
 from torch.nn import functional
 
 from mhc_dist.config import RunConfig
+from mhc_dist.model.attention import LatentCache
 from mhc_dist.model.hyper_connection import StreamHead, expand
 from mhc_dist.model.layer import Layer
 from mhc_dist.model.linear import Linear
@@ -54,11 +57,15 @@ class LanguageModel(nn.Module):
         self.layers = nn.ModuleList(Layer(config, index, backend) for index in range(config.model.num_layers))
         self.head = Head(config)
 
-    def streams(self, tokens_BL: Tensor) -> Tensor:
-        """The streams after the last layer, (T, n, C)."""
+    def streams(self, tokens_BL: Tensor, caches: Sequence[LatentCache] | None = None) -> Tensor:
+        """The streams after the last layer, (T, n, C).
+
+        caches: one a layer; `tokens_BL` are then new tokens of the one sequence they hold.
+        """
         streams_TNC: Tensor = self.embedding(tokens_BL)
-        for layer in self.layers:
-            streams_TNC = layer(streams_TNC, tokens_BL.shape[0])
+        for index, layer in enumerate(self.layers):
+            cache = None if caches is None else caches[index]
+            streams_TNC = layer(streams_TNC, tokens_BL.shape[0], cache)
         return streams_TNC
 
     def forward(self, tokens_BL: Tensor, targets_BL: Tensor) -> Tensor:
