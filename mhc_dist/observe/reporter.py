@@ -22,6 +22,7 @@ from mhc_dist.observe.loss_plot import plot_loss
 from mhc_dist.observe.metrics import CommOp, CommUse, RankLabels, RankStep, RunStep, TrainMetrics, Work
 from mhc_dist.observe.progress import TrainProgress
 from mhc_dist.observe.run_log import RunLog
+from mhc_dist.observe.step_traces import StepTraces
 from mhc_dist.observe.target_file import announced_target
 from mhc_dist.pipeline.trace import StepPhase, Trace
 from mhc_dist.topology import Topology
@@ -72,6 +73,7 @@ class RunReporter:
         )
         self._metrics = TrainMetrics(labels, reports_run=self._is_first_rank, work=work)
         self._local_rank, self._local_world_size = local_rank, local_world_size
+        self._traces = StepTraces(config.folder, config.observe.trace_steps, topology)
         self._open = ExitStack()
         self._log: RunLog | None = None
         self._progress: TrainProgress | None = None
@@ -104,7 +106,15 @@ class RunReporter:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        if self._is_first_rank:
+            # After an error nobody else will write any more.
+            for sentence in self._traces.merge() if error is None else self._traces.merge(0.0):
+                self.announce(sentence)
         self._open.close()
+
+    def trace(self, figures: StepFigures) -> None:
+        """Write this rank's trace of the step if it was asked for; before the ranks meet again."""
+        self._traces.write(figures.step, figures.trace, figures.num_tokens)
 
     def announce(self, text: str) -> None:
         """Print on rank 0."""
