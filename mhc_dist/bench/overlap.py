@@ -166,8 +166,7 @@ def _costs(config: RunConfig, traces: Sequence[Trace], link: EmulatedLink) -> Co
         for e in trace.events
         if e.action.kind not in (ActionKind.ISSUE, ActionKind.WAIT)
     ]
-    schedule = schedule_of(config)
-    measured = calibrate(predicted, events, lower(schedule, own_shapes(config, 2).chunks).layout)
+    measured = calibrate(predicted, events)
     payloads: dict[tuple[int, str], list[int]] = {}
     for trace in traces:
         for e in trace.events:

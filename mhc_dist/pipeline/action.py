@@ -31,12 +31,16 @@ CHUNK_TARGETS = "targets"
 class Pass(StrEnum):
     """Direction of travel through the model."""
 
+    __hash__ = str.__hash__  # in C: actions are looked up by the million
+
     FORWARD = "F"
     BACKWARD = "B"
 
 
 class ActionKind(StrEnum):
     """What a rank does. The comment names the fields of `Action` each kind uses beyond chunk, microbatch."""
+
+    __hash__ = str.__hash__
 
     COMPUTE = "compute"  # item: run one phase forward
     GRADIENT = "gradient"  # item, defer_weights: run one phase backward

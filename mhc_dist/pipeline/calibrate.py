@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from statistics import median
 
-from mhc_dist.pipeline.action import Action, ActionKind, Layout, Pass
+from mhc_dist.pipeline.action import Action, ActionKind, Pass
 from mhc_dist.pipeline.clock import message_of
 from mhc_dist.pipeline.cost import CostTable, ExchangeCost, MessageCost, PhaseCost
 from mhc_dist.pipeline.perfetto import TraceEvent
@@ -22,7 +22,7 @@ had landed before."""
 Key = tuple[int, str]
 
 
-def calibrate(costs: CostTable, events: Sequence[TraceEvent], layout: Layout) -> CostTable:
+def calibrate(costs: CostTable, events: Sequence[TraceEvent]) -> CostTable:
     """`costs` with the seconds of everything that `events` (of one or more steps, all ranks) contain.
 
     Bytes and lanes stay as they are. A full backward is divided into its halves as `costs` divides it, where
@@ -34,7 +34,7 @@ def calibrate(costs: CostTable, events: Sequence[TraceEvent], layout: Layout) ->
         costs,
         phases=phases,
         exchanges=_exchanges(costs, done),
-        message=_message(costs, done, layout),
+        message=_message(costs, done),
         reduce_seconds=_median_of(done, ActionKind.REDUCE, costs.reduce_seconds),
         step_seconds=_median_of(done, ActionKind.STEP, costs.step_seconds),
     )
@@ -134,20 +134,16 @@ def _exchanges(costs: CostTable, events: Sequence[TraceEvent]) -> dict[Key, Exch
     }
 
 
-def _message(costs: CostTable, events: Sequence[TraceEvent], layout: Layout) -> MessageCost:
+def _message(costs: CostTable, events: Sequence[TraceEvent]) -> MessageCost:
     """Time from a SEND to the end of its ARRIVE, where the receiver was waiting for it.
 
     Times of different ranks are compared, so their clocks must agree, as they do on one host.
     """
-    sent = {
-        message_of(event.action, layout): event.start
-        for event in events
-        if event.action.kind is ActionKind.SEND
-    }
+    sent = {message_of(event.action): event.start for event in events if event.action.kind is ActionKind.SEND}
     seen = []
     for event in events:
         if event.action.kind is ActionKind.ARRIVE:
-            start = sent.get(message_of(event.action, layout))
+            start = sent.get(message_of(event.action))
             if start is not None and event.start <= start < event.end:
                 seen.append(event.end - start)
     return replace(costs.message, seconds=median(seen)) if seen else costs.message

@@ -9,23 +9,24 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from mhc_dist.pipeline.action import Action, ActionKind, Layout, Pass
+from mhc_dist.pipeline.action import Action, ActionKind, Pass
 from mhc_dist.pipeline.errors import InvalidProgram
 
 Message = tuple[Pass, int, int]
 """(direction, consuming chunk, microbatch): names one transfer between pipeline ranks."""
 
+# Enum members looked up once: a program asks for millions of messages.
+_SEND, _ARRIVE, _HAND_OVER = ActionKind.SEND, ActionKind.ARRIVE, ActionKind.HAND_OVER
+_ISSUE, _WAIT, _FORWARD = ActionKind.ISSUE, ActionKind.WAIT, Pass.FORWARD
 
-def message_of(action: Action, layout: Layout) -> Message:
+
+def message_of(action: Action) -> Message:
     """The transfer that a SEND, RECV, ARRIVE or HAND_OVER belongs to."""
-    assert action.direction is not None, f"{action} has no direction"
-    chunk: int | None = action.chunk
-    if action.kind in (ActionKind.SEND, ActionKind.HAND_OVER):
-        neighbour = layout.next if action.direction is Pass.FORWARD else layout.previous
-        chunk = neighbour(action.chunk)
-        assert chunk is not None, f"{action} leaves the model"
-    assert chunk is not None
-    return (action.direction, chunk, action.microbatch)
+    direction, kind, chunk = action.direction, action.kind, action.chunk
+    assert direction is not None, f"{action} has no direction"
+    if kind is _SEND or kind is _HAND_OVER:
+        chunk += 1 if direction is _FORWARD else -1  # neighbours in the model have neighbouring numbers
+    return (direction, chunk, action.microbatch)
 
 
 @dataclass(frozen=True)
@@ -38,7 +39,6 @@ class Times:
 
 def run_clock(
     ranks: Sequence[Sequence[Action]],
-    layout: Layout,
     duration: Callable[[Action], int],
     wire: Callable[[Action], int],
 ) -> Times:
@@ -55,26 +55,29 @@ def run_clock(
     while progress:
         progress = False
         for actions, done in zip(ranks, ends, strict=True):
+            first = len(done)
             now = done[-1] if done else 0
-            while len(done) < len(actions):
-                action = actions[len(done)]
-                if action.kind is ActionKind.ARRIVE:
-                    arrival = sent.get(message_of(action, layout))
+            for position in range(first, len(actions)):
+                action = actions[position]
+                kind = action.kind
+                if kind is _ARRIVE:
+                    arrival = sent.get(message_of(action))
                     if arrival is None:
                         break
-                    now = max(now, arrival)
-                elif action.kind is ActionKind.SEND:
-                    sent[message_of(action, layout)] = now
-                elif action.kind is ActionKind.ISSUE:
+                    if arrival > now:
+                        now = arrival
+                elif kind is _SEND:
+                    sent[message_of(action)] = now
+                elif kind is _ISSUE:
                     key = (action.chunk, action.microbatch, action.item, action.direction)
                     landing[key] = now + wire(action)
-                elif action.kind is ActionKind.WAIT:
+                elif kind is _WAIT:
                     key = (action.chunk, action.microbatch, action.item, action.direction)
                     now = max(now, landing[key])
                 else:
                     now += duration(action)
                 done.append(now)
-                progress = True
+            progress |= len(done) > first
     for rank, (actions, done) in enumerate(zip(ranks, ends, strict=True)):
         if len(done) < len(actions):
             raise InvalidProgram(rank, actions[len(done)], "waits for a message that can never be sent")

@@ -6,18 +6,22 @@ overlaps with it.
 
 from __future__ import annotations
 
+from functools import lru_cache
+
 from mhc_dist.pipeline.action import (
     CHUNK_INPUT,
     CHUNK_OUTPUT,
     CHUNK_TARGETS,
     Action,
     ActionKind,
+    ChunkShape,
     ExchangeShape,
     Layout,
     Pass,
     PhaseShape,
 )
 from mhc_dist.pipeline.flow import ChunkFlow, values_with_gradient
+from mhc_dist.pipeline.schedules.coarse import Op, OpKind
 
 
 class ForwardPass:
@@ -171,6 +175,50 @@ def weight_pass(flow: ChunkFlow, chunk: int, microbatch: int) -> list[Action]:
         for phase in reversed(flow.phases)
         if phase.has_weights
     ]
+
+
+class ChunkPasses:
+    """All passes of one chunk as actions, made when first asked for and then shared."""
+
+    def __init__(self, shape: ChunkShape, layout: Layout, chunk: int) -> None:
+        self._flow = ChunkFlow(shape)
+        self._layout = layout
+        self._chunk = chunk
+        self._made: dict[tuple[OpKind, int], list[Action]] = {}
+        self._frees: dict[int, Action] = {}
+
+    def actions(self, op: Op) -> list[Action]:
+        """The actions of `op`, which is of this chunk."""
+        key = (op.kind, op.microbatch)
+        made = self._made.get(key)
+        if made is None:
+            made = self._made[key] = self._lower(op)
+        return made
+
+    def free(self, microbatch: int) -> Action:
+        """What follows the last pass of a microbatch."""
+        action = self._frees.get(microbatch)
+        if action is None:
+            action = self._frees[microbatch] = Action(ActionKind.FREE, self._chunk, microbatch)
+        return action
+
+    def _lower(self, op: Op) -> list[Action]:
+        match op.kind:
+            case OpKind.F:
+                return ForwardPass(self._flow, self._layout, op.chunk, op.microbatch).actions
+            case OpKind.W:
+                return weight_pass(self._flow, op.chunk, op.microbatch)
+            case OpKind.B | OpKind.I:
+                deferred = op.kind is OpKind.I
+                return BackwardPass(
+                    self._flow, self._layout, op.chunk, op.microbatch, defer_weights=deferred
+                ).actions
+
+
+@lru_cache(maxsize=64)
+def passes_of(shape: ChunkShape, chunk: int, chunk_rank: tuple[int, ...], num_copies: int) -> ChunkPasses:
+    """Passes do not depend on how many microbatches there are, so programs share them."""
+    return ChunkPasses(shape, Layout(chunk_rank, 0, num_copies), chunk)
 
 
 def boundary(

@@ -86,10 +86,10 @@ class _Times:
                     case ActionKind.GRADIENT:
                         self._start.setdefault((Pass.BACKWARD, action.chunk, action.microbatch), done.start)
                     case ActionKind.HAND_OVER:
-                        self._landed[message_of(action, layout)] = done.end
+                        self._landed[message_of(action)] = done.end
             for flight in timeline.flights:
                 if flight.action.kind is ActionKind.SEND:
-                    self._landed[message_of(flight.action, layout)] = flight.end
+                    self._landed[message_of(flight.action)] = flight.end
 
     def start(self, op: Op) -> float:
         return self._start[_message(op)]

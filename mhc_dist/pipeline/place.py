@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from mhc_dist.pipeline.action import Action, ActionKind, ChunkShape, Layout, Pass, Program
 from mhc_dist.pipeline.cost import CostTable, bytes_at_end, bytes_at_start
 from mhc_dist.pipeline.flow import ChunkFlow
-from mhc_dist.pipeline.lower import finish_rank, ops_of
+from mhc_dist.pipeline.lower import END_OF_STEP, ops_of
 from mhc_dist.pipeline.lower_pass import boundary
 from mhc_dist.pipeline.merge_slots import Group, merge_slots
 from mhc_dist.pipeline.op_graph import OpGraph, backward_graph, forward_graph
@@ -97,16 +97,26 @@ def _assemble(
     def duration(action: Action) -> int:
         return max(1, ticks(costs.seconds(action))) if action.kind in COMPUTE_KINDS else 0
 
-    ranks = [finish_rank(placer.place_rank(rank, own), training=True) for rank, own in enumerate(groups)]
-    layout = Layout(schedule.chunk_rank, schedule.num_microbatches, schedule.num_copies)
+    ranks = [_finish_rank(placer.place_rank(rank, own)) for rank, own in enumerate(groups)]
     return Program(
         schedule=schedule.name,
         num_microbatches=schedule.num_microbatches,
         chunk_rank=schedule.chunk_rank,
         chunks=chunks,
-        actions=post_receives(ranks, layout, duration, lambda a: ticks(costs.wire_seconds(a)), lead=1),
+        actions=post_receives(ranks, duration, lambda a: ticks(costs.wire_seconds(a)), lead=1),
         num_copies=schedule.num_copies,
     )
+
+
+def _finish_rank(actions: list[Action]) -> list[Action]:
+    """Add FREE after the last action of every (chunk, microbatch), then the end of the step."""
+    last = {(action.chunk, action.microbatch): position for position, action in enumerate(actions)}
+    result: list[Action] = []
+    for position, action in enumerate(actions):
+        result.append(action)
+        if last[action.chunk, action.microbatch] == position:
+            result.append(Action(ActionKind.FREE, action.chunk, action.microbatch))
+    return result + END_OF_STEP
 
 
 def ticks(seconds: float) -> int:

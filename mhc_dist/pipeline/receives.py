@@ -14,9 +14,11 @@ from __future__ import annotations
 
 from bisect import bisect_right
 from collections.abc import Callable, Sequence
+from functools import lru_cache
+from operator import itemgetter
 
-from mhc_dist.pipeline.action import Action, ActionKind, Layout
-from mhc_dist.pipeline.clock import message_of, run_clock
+from mhc_dist.pipeline.action import Action, ActionKind
+from mhc_dist.pipeline.clock import Message, message_of, run_clock
 
 COMPUTE_KINDS = frozenset({ActionKind.COMPUTE, ActionKind.GRADIENT, ActionKind.WEIGHT, ActionKind.RECOMPUTE})
 
@@ -35,7 +37,6 @@ def no_ticks(action: Action) -> int:
 
 def post_receives(
     ranks: Sequence[Sequence[Action]],
-    layout: Layout,
     duration: Callable[[Action], int] = unit_ticks,
     wire: Callable[[Action], int] = no_ticks,
     lead: int = 0,
@@ -45,43 +46,45 @@ def post_receives(
     With `lead`, each receive is posted that many compute actions earlier than the rule needs, so that a
     sender that is somewhat faster than the clock said does not wait; it costs buffers.
     """
-    times = run_clock(ranks, layout, duration, wire)
-    # finished[r]: (time, position after it) of each compute action of rank r, in order.
-    finished: list[list[tuple[int, int]]] = [
-        [
-            (end, position + 1)
-            for position, (action, end) in enumerate(zip(actions, ends, strict=True))
-            if action.kind in COMPUTE_KINDS
-        ]
-        for actions, ends in zip(ranks, times.ends, strict=True)
-    ]
-    arrivals = {
-        message_of(action, layout): (rank, action)
-        for rank, actions in enumerate(ranks)
-        for action in actions
-        if action.kind is ActionKind.ARRIVE
-    }
+    times = run_clock(ranks, duration, wire)
+    # finished[r]: when the compute actions of rank r end, in order; after[r]: the positions behind them.
+    finished: list[list[int]] = []
+    after: list[list[int]] = []
+    for actions, ends in zip(ranks, times.ends, strict=True):
+        positions = [p for p, action in enumerate(actions, 1) if action.kind in COMPUTE_KINDS]
+        finished.append([ends[p - 1] for p in positions])
+        after.append(positions)
     # posts[r][position]: receives to post in front of that action, in the order of their sends.
     posts: list[dict[int, list[tuple[int, int, Action]]]] = [{} for _ in ranks]
     for source, actions in enumerate(ranks):
         for action in actions:
-            if action.kind is ActionKind.SEND:
-                message = message_of(action, layout)
+            if action.kind is _SEND:
+                message = message_of(action)
                 sent = times.sent[message]
-                rank, arrive = arrivals[message]
-                index = bisect_right(finished[rank], sent, key=lambda pair: pair[0])
-                index = max(0, index - lead)
-                position = finished[rank][index - 1][1] if index else 0
-                recv = Action(
-                    ActionKind.RECV, arrive.chunk, arrive.microbatch, direction=arrive.direction, peer=source
-                )
-                posts[rank].setdefault(position, []).append((sent, source, recv))
+                rank = action.peer
+                assert rank is not None, f"{action} has no peer"
+                index = max(0, bisect_right(finished[rank], sent) - lead)
+                position = after[rank][index - 1] if index else 0
+                posts[rank].setdefault(position, []).append((sent, source, _receive(message, source)))
     result: list[tuple[Action, ...]] = []
     for actions, post in zip(ranks, posts, strict=True):
         merged: list[Action] = []
-        for position, action in enumerate(actions):
+        done = 0
+        for position in sorted(post):
+            merged += actions[done:position]
             # A stable sort keeps the order of one channel where times tie.
-            merged.extend(recv for _, _, recv in sorted(post.get(position, ()), key=lambda p: p[:2]))
-            merged.append(action)
-        result.append(tuple(merged))
+            merged += [recv for _, _, recv in sorted(post[position], key=_TIME_AND_SOURCE)]
+            done = position
+        result.append((*merged, *actions[done:]))
     return tuple(result)
+
+
+_SEND = ActionKind.SEND
+_TIME_AND_SOURCE = itemgetter(0, 1)
+
+
+@lru_cache(maxsize=1 << 14)
+def _receive(message: Message, source: int) -> Action:
+    """Shared between programs: making an action costs more than finding it."""
+    direction, chunk, microbatch = message
+    return Action(ActionKind.RECV, chunk, microbatch, direction=direction, peer=source)

@@ -94,7 +94,6 @@ class Simulation:
 
     def __init__(self, program: Program, costs: CostTable) -> None:
         self._program = program
-        self._layout = program.layout
         self._costs = costs
         static = costs.static_bytes or (0,) * program.num_ranks
         self._ranks = [_Rank(actions, held) for actions, held in zip(program.actions, static, strict=True)]
@@ -140,15 +139,15 @@ class Simulation:
                 blocked = max(0.0, landing - start)
                 rank.now = start + blocked
             case ActionKind.SEND:
-                message = message_of(action, self._layout)
+                message = message_of(action)
                 self._sent[message] = (start, index, action)
                 self._match(message)
             case ActionKind.RECV:
-                message = message_of(action, self._layout)
+                message = message_of(action)
                 self._posted[message] = start
                 self._match(message)
             case ActionKind.ARRIVE:
-                message = message_of(action, self._layout)
+                message = message_of(action)
                 if message not in self._landed:
                     self._parked[message] = index
                     return False

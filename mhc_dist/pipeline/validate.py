@@ -1,6 +1,7 @@
 """Proves a program safe before anything runs: an abstract interpreter over values, messages and exchanges.
 
-It follows the rules of `action` and knows nothing of how lowering or placement order things:
+It follows the rules of `action`, written out in `rules`, and knows nothing of how lowering or placement order
+things:
 
 * every phase, exchange and weight gradient happens exactly once, after what it needs and before FREE;
 * the k-th SEND of each ordered pair of ranks matches the k-th RECV of its receiver;
@@ -14,33 +15,28 @@ the same program is checked at run time by its digest. Standard library only.
 
 from __future__ import annotations
 
-from mhc_dist.pipeline.action import Action, ActionKind, Layout, Pass, Program
-from mhc_dist.pipeline.clock import Message, message_of
+from collections import defaultdict
+from dataclasses import dataclass, field
+
+from mhc_dist.pipeline.action import Action, ActionKind, Pass, Program
 from mhc_dist.pipeline.errors import InvalidProgram
-from mhc_dist.pipeline.flow import ChunkFlow
-from mhc_dist.pipeline.record import Broken, Record, require
+from mhc_dist.pipeline.rules import FREED_BIT, Rule, rules_of, what_of
 
 __all__ = ["InvalidProgram", "validate"]
-
-_MESSAGE_KINDS = frozenset({ActionKind.SEND, ActionKind.RECV, ActionKind.ARRIVE, ActionKind.HAND_OVER})
 
 
 def validate(program: Program) -> None:
     """Return if the program is safe; raise InvalidProgram naming rank, action and reason if not."""
     _check_layout(program)
-    interpreters = [_RankInterpreter(program, rank) for rank in range(program.num_ranks)]
-    for interpreter in interpreters:
-        interpreter.check_peers()
-    _check_channels(program)
-    posted: set[Message] = set()
-    sent: set[Message] = set()
+    state = _State(program)
+    ranks = [_RankInterpreter(program, rank, state) for rank in range(program.num_ranks)]
     progress = True
     while progress:
         progress = False
-        for interpreter in interpreters:
-            progress |= interpreter.advance(posted, sent)
-    for interpreter in interpreters:
-        interpreter.check_finished(posted, sent)
+        for rank in ranks:
+            progress |= rank.advance()
+    for rank in ranks:
+        rank.check_finished()
 
 
 def _check_layout(program: Program) -> None:
@@ -52,185 +48,180 @@ def _check_layout(program: Program) -> None:
         raise ValueError(f"chunk_rank {program.chunk_rank} names ranks outside 0..{program.num_ranks - 1}")
 
 
-def _check_channels(program: Program) -> None:
-    """Per ordered pair of ranks: sends and receives list the same transfers in the same order."""
-    layout = program.layout
-    sends: dict[tuple[int, int], list[tuple[Message, Action]]] = {}
-    receives: dict[tuple[int, int], list[tuple[Message, Action]]] = {}
-    for rank, actions in enumerate(program.actions):
-        for action in actions:
-            if action.kind is ActionKind.SEND and action.peer is not None:
-                sends.setdefault((rank, action.peer), []).append((message_of(action, layout), action))
-            elif action.kind is ActionKind.RECV and action.peer is not None:
-                receives.setdefault((action.peer, rank), []).append((message_of(action, layout), action))
-    for channel in sorted(sends.keys() | receives.keys()):
-        source, destination = channel
-        sending, receiving = sends.get(channel, []), receives.get(channel, [])
-        for (sent, _), (received, recv) in zip(sending, receiving, strict=False):
-            if sent != received:
-                raise InvalidProgram(
-                    destination,
-                    recv,
-                    f"rank {source} sends {_describe(sent)} at this place of the channel, not"
-                    f" {_describe(received)}",
-                )
-        if len(sending) > len(receiving):
-            raise InvalidProgram(source, sending[len(receiving)][1], f"rank {destination} never receives it")
-        if len(receiving) > len(sending):
-            raise InvalidProgram(destination, receiving[len(sending)][1], f"rank {source} never sends it")
+@dataclass(slots=True)
+class _Channel:
+    """One ordered pair of ranks: receives posted so far, in order, and how many sends have matched one."""
+
+    posted: list[Action] = field(default_factory=list)
+    num_sent: int = 0
 
 
-def _describe(message: Message) -> str:
-    direction, chunk, microbatch = message
-    what = "the input" if direction is Pass.FORWARD else "the output gradient"
-    return f"{what} of chunk {chunk} for microbatch {microbatch}"
+class _State:
+    """What all ranks share: the facts of every (chunk, microbatch), and the channels between ranks."""
+
+    def __init__(self, program: Program) -> None:
+        layout = program.layout
+        self.rules = [
+            rules_of(shape, chunk, program.chunk_rank, program.num_copies, program.training)
+            for chunk, shape in enumerate(program.chunks)
+        ]
+        self.facts: list[dict[int, int]] = [
+            dict.fromkeys(layout.microbatches(chunk), 0) for chunk in range(len(program.chunks))
+        ]
+        self.channels: dict[tuple[int, int], _Channel] = defaultdict(_Channel)
 
 
 class _RankInterpreter:
     """One rank's actions, run until it must wait for another rank."""
 
-    def __init__(self, program: Program, rank: int) -> None:
+    def __init__(self, program: Program, rank: int, state: _State) -> None:
         self._program = program
-        self._layout: Layout = program.layout
         self._rank = rank
+        self._state = state
         self._actions = program.actions[rank]
         self._position = 0
-        self._records: dict[tuple[int, int], Record] = {}
-        self._freed: set[tuple[int, int]] = set()
-        self._posted_here: set[Message] = set()
-        self._arrived: set[Message] = set()
         self._reduced = False
         self._stepped = False
-        self._flows = {
-            chunk: ChunkFlow(program.chunks[chunk])
+        self._own = {
+            chunk: (state.rules[chunk].by_what, state.facts[chunk])
             for chunk, owner in enumerate(program.chunk_rank)
             if owner == rank
         }
 
-    def check_peers(self) -> None:
-        """Messages name chunks of this rank and the rank that owns the neighbouring chunk."""
-        for action in self._actions:
-            if action.kind not in (ActionKind.REDUCE, ActionKind.STEP):
-                if action.chunk not in self._flows:
-                    raise InvalidProgram(self._rank, action, f"chunk {action.chunk} is not on this rank")
-                if action.microbatch not in self._layout.microbatches(action.chunk):
-                    raise InvalidProgram(
-                        self._rank, action, f"microbatch {action.microbatch} does not go through this chunk"
-                    )
-            if action.kind in _MESSAGE_KINDS:
-                self._check_peer(action)
-
-    def _check_peer(self, action: Action) -> None:
-        if action.direction is None:
-            raise InvalidProgram(self._rank, action, "a message needs a direction")
-        leaving = action.kind in (ActionKind.SEND, ActionKind.HAND_OVER)
-        downstream = leaving == (action.direction is Pass.FORWARD)
-        other = self._layout.next(action.chunk) if downstream else self._layout.previous(action.chunk)
-        if other is None:
-            raise InvalidProgram(self._rank, action, "there is no neighbouring chunk in this direction")
-        owner = self._layout.chunk_rank[other]
-        expected = None if action.kind is ActionKind.HAND_OVER else owner
-        if (owner == self._rank) != (action.kind is ActionKind.HAND_OVER) or action.peer != expected:
-            raise InvalidProgram(self._rank, action, f"chunk {other} is on rank {owner}")
-
-    def advance(self, posted: set[Message], sent: set[Message]) -> bool:
+    def advance(self) -> bool:
         """Run on until blocked. Returns whether anything ran."""
+        actions, own = self._actions, self._own
         start = self._position
-        while self._position < len(self._actions):
-            action = self._actions[self._position]
-            if self._blocked_by(action, posted, sent) is not None:
+        end = start
+        for end in range(start, len(actions)):
+            action = actions[end]
+            chunk = own.get(action.chunk)
+            if chunk is None:
+                self._finish_step(action)
+                continue
+            by_what, facts = chunk
+            rule = by_what.get((action.kind, action.item, action.direction, action.defer_weights))
+            state = facts.get(action.microbatch)
+            if (
+                rule is None
+                or state is None
+                or rule.peer != action.peer
+                or state & rule.needs != rule.needs
+                or state & rule.bars
+            ):
+                raise InvalidProgram(self._rank, action, self._why_broken(action, rule, state))
+            if rule.consumer is not None and not self._communicate(action, rule, state):
                 break
-            try:
-                self._apply(action, posted, sent)
-            except Broken as broken:
-                raise InvalidProgram(self._rank, action, str(broken)) from None
-            self._position += 1
-        return self._position > start
+            facts[action.microbatch] = state | rule.makes
+        else:
+            end = len(actions)
+        self._position = end
+        return end > start
 
-    def _blocked_by(self, action: Action, posted: set[Message], sent: set[Message]) -> str | None:
-        """Why the action cannot complete yet; None when it can."""
-        if action.kind is ActionKind.SEND and message_of(action, self._layout) not in posted:
-            return f"rank {action.peer} never gets to posting the receive"
-        if action.kind is ActionKind.ARRIVE:
-            message = message_of(action, self._layout)
-            if message in self._posted_here and message not in sent:
-                return f"rank {action.peer} never gets to sending it"
-        return None
+    def _communicate(self, action: Action, rule: Rule, state: int) -> bool:
+        """What a message does beyond its own chunk; False if it has to wait for its peer."""
+        kind, peer, consumer = action.kind, rule.peer, rule.consumer
+        assert consumer is not None
+        if kind is ActionKind.ARRIVE:
+            return bool(state & rule.there)
+        if peer is not None:
+            if kind is ActionKind.RECV:
+                self._state.channels[peer, self._rank].posted.append(action)
+                return True
+            channel = self._state.channels[self._rank, peer]
+            if channel.num_sent == len(channel.posted):
+                return False
+            self._check_order(action, consumer, channel.posted[channel.num_sent])
+            channel.num_sent += 1
+        self._state.facts[consumer][action.microbatch] |= rule.there
+        return True
 
-    def _apply(self, action: Action, posted: set[Message], sent: set[Message]) -> None:
-        require(not self._stepped, "nothing may follow the optimizer step")
+    def _check_order(self, action: Action, consumer: int, received: Action) -> None:
+        """The receive that this SEND meets must be its own."""
+        if (
+            received.microbatch != action.microbatch
+            or received.chunk != consumer
+            or received.direction is not action.direction
+        ):
+            assert action.direction is not None
+            assert action.peer is not None
+            sent = _describe(action.direction, consumer, action.microbatch)
+            reason = f"rank {self._rank} sends {sent} at this place of the channel"
+            raise InvalidProgram(action.peer, received, reason)
+
+    def _why_broken(self, action: Action, rule: Rule | None, state: int | None) -> str:
+        rules = self._state.rules[action.chunk]
+        if state is None:
+            return f"microbatch {action.microbatch} does not go through this chunk"
+        if rule is None or rule.peer != action.peer:
+            return rules.why_impossible(action)
+        if self._stepped or state & FREED_BIT:
+            return f"chunk {action.chunk} microbatch {action.microbatch} is already freed"
+        return rule.broken(state)
+
+    def _finish_step(self, action: Action) -> None:
+        """REDUCE and STEP; everything else names a chunk of this rank."""
+        reason: str | None = None
         match action.kind:
             case ActionKind.REDUCE:
-                require(self._program.training, "no gradients outside training")
-                require(not self._reduced, "gradients are already reduced")
-                self._require_all_freed()
+                reason = self._unfinished()
+                if not self._program.training:
+                    reason = "no gradients outside training"
+                elif self._reduced:
+                    reason = "gradients are already reduced"
                 self._reduced = True
             case ActionKind.STEP:
-                require(self._reduced, "gradients are not reduced yet")
+                if not self._reduced:
+                    reason = "gradients are not reduced yet"
+                elif self._stepped:
+                    reason = "nothing may follow the optimizer step"
                 self._stepped = True
-            case ActionKind.RECV:
-                require(not self._reduced, "nothing may be received after gradients are reduced")
-                message = message_of(action, self._layout)
-                require((action.chunk, action.microbatch) not in self._freed, "already freed")
-                require(message not in self._posted_here, "already posted")
-                self._posted_here.add(message)
-                posted.add(message)
             case _:
-                self._apply_to_record(action, sent)
+                reason = f"chunk {action.chunk} is not on this rank"
+        if reason is not None:
+            raise InvalidProgram(self._rank, action, reason)
 
-    def _apply_to_record(self, action: Action, sent: set[Message]) -> None:
-        record = self._record(action.chunk, action.microbatch)
-        match action.kind:
-            case ActionKind.SEND:
-                assert action.direction is not None
-                record.leave(action.direction)
-                sent.add(message_of(action, self._layout))
-            case ActionKind.ARRIVE:
-                assert action.direction is not None
-                message = message_of(action, self._layout)
-                require(message in self._posted_here, "its receive was not posted")
-                record.enter(action.direction)
-                self._arrived.add(message)
-            case ActionKind.HAND_OVER:
-                assert action.direction is not None
-                record.leave(action.direction)
-                direction, chunk, microbatch = message_of(action, self._layout)
-                self._record(chunk, microbatch).enter(direction)
-            case ActionKind.FREE:
-                record.apply(action)
-                del self._records[action.chunk, action.microbatch]
-                self._freed.add((action.chunk, action.microbatch))
-            case _:
-                record.apply(action)
+    def _unfinished(self) -> str | None:
+        """The first microbatch of a chunk of this rank that is not freed."""
+        for chunk, (_, facts) in self._own.items():
+            for microbatch, state in facts.items():
+                if not state & FREED_BIT:
+                    return f"chunk {chunk} microbatch {microbatch} is not finished"
+        return None
 
-    def _record(self, chunk: int, microbatch: int) -> Record:
-        key = (chunk, microbatch)
-        require(key not in self._freed, f"chunk {chunk} microbatch {microbatch} is already freed")
-        if key not in self._records:
-            self._records[key] = Record(
-                self._flows[chunk],
-                is_first=self._layout.previous(chunk) is None,
-                is_last=self._layout.next(chunk) is None,
-                training=self._program.training,
-            )
-        return self._records[key]
-
-    def _require_all_freed(self) -> None:
-        for chunk in self._flows:
-            for microbatch in self._layout.microbatches(chunk):
-                freed = (chunk, microbatch) in self._freed
-                require(freed, f"chunk {chunk} microbatch {microbatch} is not finished")
-
-    def check_finished(self, posted: set[Message], sent: set[Message]) -> None:
+    def check_finished(self) -> None:
         """All actions ran and nothing is left over."""
         if self._position < len(self._actions):
             action = self._actions[self._position]
-            reason = self._blocked_by(action, posted, sent)
-            assert reason is not None
-            raise InvalidProgram(self._rank, action, f"deadlock: {reason}")
-        try:
-            self._require_all_freed()
-            require(self._stepped == self._program.training, "the optimizer step is missing")
-            require(self._posted_here == self._arrived, "a posted receive is never completed")
-        except Broken as broken:
-            raise InvalidProgram(self._rank, None, str(broken)) from None
+            raise InvalidProgram(self._rank, action, self._why_stuck(action))
+        reason = self._unfinished()
+        if reason is None and self._stepped != self._program.training:
+            reason = "the optimizer step is missing"
+        if reason is not None:
+            raise InvalidProgram(self._rank, None, reason)
+
+    def _why_stuck(self, action: Action) -> str:
+        """The peer never answers, or waits itself."""
+        rule = self._state.rules[action.chunk].by_what[what_of(action)]
+        answer, doing = (
+            (ActionKind.RECV, "posting the receive")
+            if action.kind is ActionKind.SEND
+            else (ActionKind.SEND, "sending it")
+        )
+        chunk = rule.consumer
+        if action.kind is ActionKind.ARRIVE:
+            chunk = action.chunk - 1 if action.direction is Pass.FORWARD else action.chunk + 1
+        assert action.peer is not None
+        if any(
+            (a.kind, a.chunk, a.microbatch, a.direction)
+            == (answer, chunk, action.microbatch, action.direction)
+            for a in self._program.actions[action.peer]
+        ):
+            return f"deadlock: rank {action.peer} never gets to {doing}"
+        verb = "receives" if action.kind is ActionKind.SEND else "sends"
+        return f"rank {action.peer} never {verb} it"
+
+
+def _describe(direction: Pass, chunk: int, microbatch: int) -> str:
+    what = "the input" if direction is Pass.FORWARD else "the output gradient"
+    return f"{what} of chunk {chunk} for microbatch {microbatch}"

@@ -5,7 +5,6 @@ from __future__ import annotations
 from pathlib import Path
 
 from mhc_dist.config import RunConfig
-from mhc_dist.pipeline.action import Layout as ProgramLayout
 from mhc_dist.pipeline.action import Program
 from mhc_dist.pipeline.calibrate import calibrate
 from mhc_dist.pipeline.cost import CostTable
@@ -63,6 +62,4 @@ def calibration_from_trace(config: RunConfig, machine: Machine, trace: Path) -> 
     if not trace.is_file():
         raise ValueError(f"no trace file {trace}.")
     predicted = run_costs(config, machine)
-    schedule = schedule_of(config)
-    layout = ProgramLayout(schedule.chunk_rank, schedule.num_microbatches, schedule.num_copies)
-    return compare(predicted, calibrate(predicted, read_events(trace), layout))
+    return compare(predicted, calibrate(predicted, read_events(trace)))

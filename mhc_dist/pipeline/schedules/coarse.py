@@ -9,6 +9,8 @@ from enum import StrEnum
 class OpKind(StrEnum):
     """F forward; B full backward; I input-gradient half of B; W weight-gradient half of B."""
 
+    __hash__ = str.__hash__  # in C: passes are looked up by the million
+
     F = "F"
     B = "B"
     I = "I"  # noqa: E741 - the field's name for it

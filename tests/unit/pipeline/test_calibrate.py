@@ -54,7 +54,7 @@ def test_gives_back_the_costs_of_a_simulated_run(name: str, tmp_path: Path) -> N
     )
     program = lower(schedule, chunks_for(schedule, shape))
     write_perfetto(Shown(program, Simulation(program, truth), "second"), tmp_path / "run.json")
-    found = calibrate(wrong(truth), read_events(tmp_path / "run.json"), program.layout)
+    found = calibrate(wrong(truth), read_events(tmp_path / "run.json"))
     for key, phase in found.phases.items():
         expected = truth.phases[key]
         assert phase.forward == pytest.approx(expected.forward)
@@ -77,7 +77,7 @@ def test_predicts_a_placed_run_from_the_trace_of_a_plain_one(name: str) -> None:
     truth = costs_for(schedule, shape, wire=0.75, counts=0.03, recompute=0.25, message=0.125)
     plain = lower(schedule, chunks_for(schedule, shape))
     events = simulated_events(Shown(plain, Simulation(plain, truth), "second"))
-    found = calibrate(wrong(truth), events, plain.layout)
+    found = calibrate(wrong(truth), events)
     placed = place(schedule, chunks_for(schedule, shape), found)
     predicted, real = Simulation(placed, found).makespan, Simulation(placed, truth).makespan
     assert predicted == pytest.approx(real, rel=0.02)
@@ -96,4 +96,4 @@ def test_refuses_what_is_not_a_trace_of_this_run(tmp_path: Path) -> None:
     costs = costs_for(schedule, shape)
     events = simulated_events(Shown(program, Simulation(program, costs), "second"))
     with pytest.raises(ValueError, match="has phase attention0 of chunk 0, which this run lacks"):
-        calibrate(replace(costs, phases={}), events, program.layout)
+        calibrate(replace(costs, phases={}), events)

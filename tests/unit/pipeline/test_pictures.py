@@ -41,7 +41,7 @@ def test_trace_round_trip(tmp_path: Path) -> None:
     assert [(e.rank, e.action, e.lane) for e in read] == [(e.rank, e.action, e.lane) for e in written]
     assert [e.end for e in read] == pytest.approx([e.end for e in written])
     rows = json.loads((tmp_path / "trace.json").read_text())["traceEvents"]
-    assert {row["ph"] for row in rows} == {"X", "M"}
+    assert {row["ph"] for row in rows} >= {"X", "M"}
 
 
 def test_page_shows_every_bar(tmp_path: Path) -> None:

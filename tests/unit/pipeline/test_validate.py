@@ -45,16 +45,13 @@ def check_grid(num_ranks: int, microbatches: Iterable[int]) -> int:
 
 
 @pytest.mark.parametrize("num_ranks", range(1, 17))
-def test_grid_is_valid(num_ranks: int) -> None:
-    """Oracle: the validator, at every P and at the M around which fill, drain and steady state change."""
-    p = num_ranks
-    assert check_grid(p, sorted({1, 2, 3, p, p + 1, 2 * p - 1, 2 * p, 2 * p + 1, 3 * p, 63, 64})) > 20
-
-
-@pytest.mark.long
-@pytest.mark.parametrize("num_ranks", range(1, 17))
 def test_whole_grid_is_valid(num_ranks: int) -> None:
-    """Oracle: the validator, over every schedule with P <= 16 and M <= 64."""
+    """Oracle: the validator, over every schedule with P <= 16 and M <= 64.
+
+    One phase a chunk is enough: P and M decide the order of passes and of messages between ranks, and that is
+    all of a program that can go wrong between ranks. What is inside a pass is the same for all P and M; the
+    tests below have exchanges, several layers, recomputation and evaluation.
+    """
     assert check_grid(num_ranks, range(1, 65)) > 200
 
 
