@@ -15,7 +15,18 @@ from mhc_dist.topology import Topology
 
 def disagreements(config: RunSections) -> list[str]:
     """One sentence per problem; an empty list means that the run is possible."""
-    checks = (_model, _residual, _experts, _schedule, _recompute, _optimizer, _ports, _deepspeed)
+    checks = (
+        _model,
+        _residual,
+        _experts,
+        _schedule,
+        _recompute,
+        _optimizer,
+        _ports,
+        _traces,
+        _checkpoints,
+        _deepspeed,
+    )
     return [problem for check in checks for problem in check(config)]
 
 
@@ -110,6 +121,25 @@ def _ports(config: RunSections) -> Iterator[str]:
         yield (
             f"observe.metrics_port={port} plus {processes} processes passes 65535, the last port."
             f" Set observe.metrics_port to {65536 - processes} or less, or to 0 for no exporter."
+        )
+
+
+def _traces(config: RunSections) -> Iterator[str]:
+    steps, last = config.observe.trace_steps, config.train.steps
+    if late := [step for step in steps if step > last]:
+        yield (
+            f"observe.trace_steps={steps} has {late}, but the run ends with step {last}: nothing would be"
+            f" written. Set observe.trace_steps to steps from 1 to {last}, or raise train.steps."
+        )
+
+
+def _checkpoints(config: RunSections) -> Iterator[str]:
+    every, keep = config.checkpoint.every_steps, config.checkpoint.keep_every
+    if keep and (every == 0 or keep % every):
+        yield (
+            f"checkpoint.keep_every={keep} is no multiple of checkpoint.every_steps={every}: no checkpoint is"
+            f" made at most of those steps. Set checkpoint.keep_every to a multiple of"
+            f" checkpoint.every_steps, or to 0."
         )
 
 

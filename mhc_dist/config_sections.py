@@ -171,6 +171,8 @@ class CheckpointConfig(Section):
 class ObserveConfig(Section):
     metrics_port: Port = 9400
     """Rank r of a node exports on metrics_port + local rank; 0 switches the exporter off."""
+    trace_steps: list[PositiveInt] = []
+    """Steps, counted from 1, whose every action is written to trace/ in the run's folder."""
 
 
 class RunSections(Section):

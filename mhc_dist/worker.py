@@ -17,6 +17,7 @@ from mhc_dist.optim.deepspeed_engine import OptimizerEngine, StepOutcome
 from mhc_dist.parallel.expert_exchange import ExpertExchange
 from mhc_dist.parallel.process_groups import ProcessGroups
 from mhc_dist.parallel.stage import Stage
+from mhc_dist.parallel.wire_times import measure_wires
 from mhc_dist.pipeline.action import Action
 from mhc_dist.pipeline.executor import Executor, Microbatch
 from mhc_dist.pipeline.transport import GroupTransport
@@ -73,10 +74,18 @@ class Worker:
         peers = {rank: topology.rank_of(rank, topology.data_rank) for rank in range(topology.pipeline)}
         num_tokens = config.data.sequences_per_microbatch * config.data.sequence_length
         shape = (num_tokens, config.residual.num_streams, config.model.hidden_size)
-        transport = GroupTransport(
-            groups.channels, peers, topology.rank, shape, STREAM_DTYPE[config.train.precision], device
+        dtype = STREAM_DTYPE[config.train.precision]
+        transport = GroupTransport(groups.channels, peers, topology.rank, shape, dtype, device)
+        rows_bytes = num_tokens * config.model.num_active_experts * config.model.hidden_size * dtype.itemsize
+        wires = measure_wires(
+            groups.channels,
+            groups.expert_forward,
+            topology.rank,
+            message_bytes=transport.message_bytes,
+            exchange_bytes=rows_bytes * (topology.expert - 1) // topology.expert,
+            device=device,
         )
-        executor = Executor(topology.pipeline_rank, stage.by_index, transport, on_action)
+        executor = Executor(topology.pipeline_rank, stage.by_index, transport, on_action, wires=wires)
         return cls(config, programs, topology, groups, device, stage, engine, executor)
 
     def microbatches(self, load: Callable[[int, int], Sequences]) -> list[Microbatch]:

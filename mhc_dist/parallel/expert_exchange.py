@@ -16,6 +16,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from mhc_dist.pipeline.phase import ExchangeLoad
+
 
 class ArrivalPlan(NamedTuple):
     """What this rank's experts will receive.
@@ -57,7 +59,7 @@ class PendingCounts:
     work: dist.Work | None
     sent_GE: Tensor
     received_GE: Tensor
-    payload_bytes: int
+    load: ExchangeLoad
     landing: _Landing | None = None
 
     def wait(self) -> ArrivalPlan:
@@ -75,7 +77,7 @@ class PendingRows:
     work: dist.Work | None
     result: Tensor
     keep: Tensor
-    payload_bytes: int
+    load: ExchangeLoad
     landing: _Landing | None = None
 
     def wait(self) -> Tensor:
@@ -135,11 +137,12 @@ class ExpertExchange:
         """Tell every rank how many rows each of its experts will get; count_E (E,) int64."""
         sent_GE = count_E.view(self.group_size, self.num_local_experts)
         if self.group_size == 1:
-            return PendingCounts(None, sent_GE, sent_GE, 0)
+            return PendingCounts(None, sent_GE, sent_GE, ExchangeLoad(0, 0))
         received_GE = torch.empty_like(sent_GE)
         work = dist.all_to_all_single(received_GE, sent_GE, group=self._forward_group, async_op=True)
-        payload_bytes = (self.group_size - 1) * sent_GE[0].numel() * sent_GE.element_size()
-        return PendingCounts(work, sent_GE, received_GE, payload_bytes, self._landing(payload_bytes))
+        num_bytes = (self.group_size - 1) * sent_GE[0].numel() * sent_GE.element_size()
+        load = ExchangeLoad(num_bytes, num_bytes)
+        return PendingCounts(work, sent_GE, received_GE, load, self._landing(load))
 
     def issue_dispatch(self, rows_RC: Tensor, plan: ArrivalPlan) -> PendingRows:
         """Rows to their experts; arrives as (S, C)."""
@@ -160,16 +163,16 @@ class ExpertExchange:
     ) -> PendingRows:
         assert rows.shape[0] == sum(send), (rows.shape, send)
         if self.group_size == 1:
-            return PendingRows(None, rows, rows, 0)
+            return PendingRows(None, rows, rows, ExchangeLoad(0, 0))
         rows = rows.contiguous()  # gloo and NCCL both send flat memory
         result = rows.new_empty(sum(receive), rows.shape[1])
         work = dist.all_to_all_single(result, rows, receive, send, group=group, async_op=True)
-        local = send[dist.get_rank(group)]
-        payload_bytes = (rows.shape[0] - local) * rows.shape[1] * rows.element_size()
-        return PendingRows(work, result, rows, payload_bytes, self._landing(payload_bytes))
+        local, row_bytes = send[dist.get_rank(group)], rows.shape[1] * rows.element_size()
+        load = ExchangeLoad((sum(send) - local) * row_bytes, (sum(receive) - local) * row_bytes)
+        return PendingRows(work, result, rows, load, self._landing(load))
 
-    def _landing(self, payload_bytes: int) -> _Landing | None:
-        return None if self._link is None else _Landing(self._link, self._link.send(payload_bytes))
+    def _landing(self, load: ExchangeLoad) -> _Landing | None:
+        return None if self._link is None else _Landing(self._link, self._link.send(load.sent_bytes))
 
 
 class _Reorder(torch.autograd.Function):

@@ -26,6 +26,7 @@ from mhc_dist.pipeline.live import LiveMicrobatch
 from mhc_dist.pipeline.phase import Chunk, Exchange, Item, Phase
 from mhc_dist.pipeline.trace import Event, Trace
 from mhc_dist.pipeline.transport import PendingMessage, Transport
+from mhc_dist.pipeline.wire import Waited, WireTimes, split_wait
 
 
 class Microbatch(NamedTuple):
@@ -40,7 +41,9 @@ class StepEnd(Protocol):
 
     def reduce(self) -> None: ...
 
-    def step(self) -> None: ...
+    def step(self) -> float | None:
+        """Returns the seconds it waited for other ranks to get here, where it knows them."""
+        ...
 
 
 class StepOutput(NamedTuple):
@@ -56,6 +59,7 @@ class Executor:
     rank: pipeline rank. chunks: this rank's chunks by index. on_action: told every action before it starts,
     so that a watchdog can say where a rank is stuck. stretch: called when an action is done, with the time it
     started; what it spends counts as part of the action (benches give actions their nominal time with it).
+    wires: what tells waiting for a peer from waiting for the wire; without it, all is put down to the wire.
     """
 
     def __init__(
@@ -65,9 +69,10 @@ class Executor:
         transport: Transport,
         on_action: Callable[[Action], None] | None = None,
         stretch: Callable[[Action, float], None] | None = None,
+        wires: WireTimes | None = None,
     ) -> None:
         self._rank, self._chunks, self._transport, self._on_action = rank, chunks, transport, on_action
-        self._stretch = stretch
+        self._stretch, self._wires = stretch, wires
         self._items: dict[tuple[int, str], Item] = {
             (chunk.index, item.shape.name): item for chunk in chunks.values() for item in chunk.items
         }
@@ -86,13 +91,38 @@ class Executor:
             if self._on_action is not None:
                 self._on_action(action)
             start = perf_counter()
-            payload_bytes = run.do(action)
+            done = run.do(action)
             if self._stretch is not None:
                 self._stretch(action, start)
-            trace.events.append(Event(action, start, perf_counter(), payload_bytes))
+            end = perf_counter()
+            waited = self._waited(action, end - start, done)
+            trace.events.append(Event(action, start, end, done.num_bytes, waited.blocked, waited.starved))
         self._transport.drain()
         run.check_finished()
         return StepOutput([loss for _, loss in sorted(run.losses.items())], trace)
+
+    def _waited(self, action: Action, seconds: float, done: _Done) -> Waited:
+        """Which part of an action was waiting, and what for."""
+        match action.kind:
+            case ActionKind.WAIT:
+                on_wire = None if self._wires is None else self._wires.exchange_seconds(done.wire_bytes)
+                return split_wait(seconds, on_wire)
+            case ActionKind.ARRIVE:
+                on_wire = None if self._wires is None else self._wires.message_seconds(done.wire_bytes)
+                return split_wait(seconds, on_wire)
+            case _:
+                return Waited(blocked=0.0, starved=min(seconds, done.starved_seconds))
+
+
+class _Done(NamedTuple):
+    """What an action moved: bytes that left or came; bytes that the wire it waited for had to carry."""
+
+    num_bytes: int = 0
+    wire_bytes: int = 0
+    starved_seconds: float = 0.0
+
+
+_NOTHING_MOVED = _Done()
 
 
 class _Run:
@@ -116,8 +146,8 @@ class _Run:
         self._messages: dict[tuple[int, int, Pass], PendingMessage] = {}
         self.losses: dict[int, Tensor] = {}
 
-    def do(self, action: Action) -> int:
-        """One action; returns the bytes it sent to other ranks."""
+    def do(self, action: Action) -> _Done:
+        """One action."""
         match action.kind:
             case ActionKind.COMPUTE:
                 self._compute(action)
@@ -126,9 +156,10 @@ class _Run:
             case ActionKind.WEIGHT:
                 self._of(action).weight(self._phase(action))
             case ActionKind.ISSUE:
-                return self._of(action).issue(self._exchange(action), _direction(action))
+                return _Done(self._of(action).issue(self._exchange(action), _direction(action)))
             case ActionKind.WAIT:
-                self._of(action).wait(self._exchange(action), _direction(action))
+                load = self._of(action).wait(self._exchange(action), _direction(action))
+                return _Done(load.received_bytes, max(load.sent_bytes, load.received_bytes))
             case ActionKind.RECV:
                 assert action.peer is not None
                 key = (action.chunk, action.microbatch, _direction(action))
@@ -136,11 +167,12 @@ class _Run:
             case ActionKind.ARRIVE:
                 message = self._messages.pop((action.chunk, action.microbatch, _direction(action)))
                 self._arrive(action.chunk, action.microbatch, _direction(action), message.wait())
+                return _Done(message.payload_bytes, message.payload_bytes)
             case ActionKind.SEND:
                 assert action.peer is not None
                 tensor = self._leave(action)
                 self._transport.send(tensor, action.peer)
-                return tensor.numel() * tensor.element_size()
+                return _Done(tensor.numel() * tensor.element_size())
             case ActionKind.HAND_OVER:
                 step = 1 if action.direction is Pass.FORWARD else -1
                 tensor = self._leave(action)
@@ -154,10 +186,10 @@ class _Run:
                 self._step_end.reduce()
             case ActionKind.STEP:
                 assert self._step_end is not None, "the program steps the optimizer but none was given"
-                self._step_end.step()
+                return _Done(starved_seconds=self._step_end.step() or 0.0)
             case ActionKind.RECOMPUTE:
                 self._of(action).recompute(self._phase(action))
-        return 0
+        return _NOTHING_MOVED
 
     def check_finished(self) -> None:
         assert not self._live, f"not freed: {sorted(self._live)}"

@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 
 from mhc_dist.pipeline.action import Pass
-from mhc_dist.pipeline.phase import Chunk, Exchange, PendingExchange, Phase
+from mhc_dist.pipeline.phase import Chunk, Exchange, ExchangeLoad, PendingExchange, Phase
 
 
 class GradientStore:
@@ -171,15 +171,18 @@ class LiveMicrobatch:
             assert gradient is not None, f"no gradient reaches exchange {name}"
             pending = exchange.issue_gradient(gradient, *self._constants.pop(name))
         self._pending[name, direction] = pending
-        return pending.payload_bytes
+        return pending.load.sent_bytes
 
-    def wait(self, exchange: Exchange, direction: Pass) -> None:
-        result = self._pending.pop((exchange.shape.name, direction)).wait()
+    def wait(self, exchange: Exchange, direction: Pass) -> ExchangeLoad:
+        """Complete an exchange; returns what it moved."""
+        pending = self._pending.pop((exchange.shape.name, direction))
+        result = pending.wait()
         if direction is Pass.FORWARD:
             (written,) = exchange.shape.writes
             self.put(written, result)
         else:
             self.gradients.add(exchange.shape.reads[0], result)
+        return pending.load
 
     def check_finished(self) -> None:
         """Nothing may be left when the program frees this microbatch: a leak would grow every step."""

@@ -9,18 +9,23 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 from mhc_dist.pipeline.action import ChunkShape, ExchangeShape, PhaseShape
+
+
+class ExchangeLoad(NamedTuple):
+    """Bytes of one exchange between this rank and others; what a rank keeps for itself is none of it."""
+
+    sent_bytes: int
+    received_bytes: int
 
 
 class PendingExchange(Protocol):
     """An exchange in flight."""
 
     @property
-    def payload_bytes(self) -> int:
-        """Bytes this rank sends to other ranks."""
-        ...
+    def load(self) -> ExchangeLoad: ...
 
     def wait(self) -> Any:
         """Block until complete and return what the exchange writes. Called exactly once."""

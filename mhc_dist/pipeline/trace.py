@@ -1,9 +1,9 @@
-"""What one rank did in one step, action by action."""
+"""What one rank did in one step, action by action. Standard library only."""
 
 from __future__ import annotations
 
 from collections import defaultdict
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from enum import StrEnum
 
 from mhc_dist.pipeline.action import Action, ActionKind, Pass
@@ -19,12 +19,14 @@ class StepPhase(StrEnum):
     EXPOSED_ALL_TO_ALL = "exposed_all_to_all"
     EXPOSED_P2P = "exposed_p2p"
     BUBBLE = "bubble"
+    """Waiting for another rank that was not ready: nothing of what is awaited was on its way yet."""
     OPTIMIZER = "optimizer"
     DATA = "data"
     CHECKPOINT = "checkpoint"
     OTHER = "other"
 
 
+# What an action's time counts as, apart from the part in which it was starved: that is BUBBLE.
 PHASE_OF_KIND = {
     ActionKind.COMPUTE: StepPhase.FORWARD,
     ActionKind.GRADIENT: StepPhase.BACKWARD,
@@ -44,12 +46,39 @@ PHASE_OF_KIND = {
 
 @dataclass(frozen=True, slots=True)
 class Event:
-    """One executed action: seconds on the monotonic clock, bytes that left this rank for others."""
+    """One executed action, in seconds of the rank's monotonic clock.
+
+    payload_bytes: left this rank for others (ISSUE, SEND) or came from them (WAIT, ARRIVE). `starved` and
+    `blocked` are parts of the action's time, in this order: waiting for another rank that had not begun, and
+    for data on the wire (`wire.py` says how they are told apart).
+    """
 
     action: Action
     start: float
     end: float
     payload_bytes: int = 0
+    blocked: float = 0.0
+    starved: float = 0.0
+
+    @property
+    def seconds(self) -> float:
+        return self.end - self.start
+
+
+def awaited_action(action: Action) -> Action | None:
+    """What another rank has to do before `action` can end; None if it waits for none.
+
+    ARRIVE waits for the SEND of its peer (whose own peer is left out); WAIT for the ISSUE of the same
+    exchange by the other ranks of the expert group, of which the last one decides.
+    """
+    match action.kind:
+        case ActionKind.ARRIVE:
+            step = 1 if action.direction is Pass.FORWARD else -1
+            return replace(action, kind=ActionKind.SEND, chunk=action.chunk - step, peer=None)
+        case ActionKind.WAIT:
+            return replace(action, kind=ActionKind.ISSUE)
+        case _:
+            return None
 
 
 @dataclass
@@ -66,7 +95,8 @@ class Trace:
         """Seconds per phase. Time between actions is `other`, so the sum is the trace's wall time."""
         seconds: dict[StepPhase, float] = defaultdict(float)
         for event in self.events:
-            seconds[PHASE_OF_KIND[event.action.kind]] += event.end - event.start
+            seconds[PHASE_OF_KIND[event.action.kind]] += event.seconds - event.starved
+            seconds[StepPhase.BUBBLE] += event.starved
         seconds[StepPhase.OTHER] += self.seconds - sum(seconds.values())
         return dict(seconds)
 

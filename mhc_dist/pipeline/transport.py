@@ -6,6 +6,7 @@ Each ordered pair of ranks has a communicator of its own. Within one, messages a
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Protocol
@@ -67,6 +68,11 @@ class GroupTransport:
         self._channels, self._peer_rank, self._rank = channels, peer_rank, rank
         self._shape, self._dtype, self._device = shape, dtype, device
         self._sending: list[tuple[dist.Work, Tensor]] = []
+
+    @property
+    def message_bytes(self) -> int:
+        """Bytes of one message."""
+        return math.prod(self._shape) * self._dtype.itemsize
 
     def send(self, tensor: Tensor, peer: int) -> None:
         assert tensor.shape == self._shape, (tensor.shape, self._shape)
