@@ -155,6 +155,8 @@ class TrainConfig(Section):
     backend: Literal["auto", "gloo", "nccl"] = "auto"
     timeout_seconds: PositiveFloat = 60.0
     """Longest silence of a peer before the run is ended."""
+    join_seconds: PositiveFloat = 300.0
+    """How long ranks wait for each other at the start: nodes may have to pull an image first."""
 
     @field_validator("name")
     @classmethod
@@ -165,7 +167,33 @@ class TrainConfig(Section):
 
 
 class CheckpointConfig(Section):
-    """Reserved for checkpoints; see the README for what is supported."""
+    """When the state of a run is saved, under output/name/checkpoints (see mhc_dist/checkpoint/README.md)."""
+
+    mode: Literal["async", "sync", "none"] = "async"
+    """async: training goes on while a copy in host memory is written; sync: it waits; none: no saves."""
+    every_steps: NonNegativeInt = 100
+    """Steps between saves; 0 saves at the end and on a request to stop only."""
+    keep_last: NonNegativeInt = 2
+    """How many of the newest checkpoints stay; 0 keeps all."""
+    keep_every: NonNegativeInt = 0
+    """Checkpoints of steps that are a multiple of this stay for good; 0 keeps none for good."""
+    timeout_seconds: PositiveFloat = 600.0
+    """Longest time a save or a load may take before the run is ended."""
+    stop_seconds: PositiveFloat = 60.0
+    """Longest time between a request to stop and the end: the step under way and the last checkpoint."""
+
+
+class GuardConfig(Section):
+    """What happens when the numbers go wrong."""
+
+    max_nonfinite_steps: PositiveInt = 5
+    """This many skipped steps in a row send the run back to its last checkpoint."""
+    max_rollbacks: NonNegativeInt = 2
+    """How often that may happen before the run is given up."""
+    spike_window: NonNegativeInt = 50
+    """Steps whose losses say what is usual; 0 switches the detector off."""
+    spike_threshold: PositiveFloat = 8.0
+    """A loss this many robust standard deviations above the window's median is a spike."""
 
 
 class ObserveConfig(Section):
@@ -188,6 +216,7 @@ class RunSections(Section):
     optim: OptimConfig = OptimConfig()
     train: TrainConfig = TrainConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
+    guard: GuardConfig = GuardConfig()
     observe: ObserveConfig = ObserveConfig()
     deepspeed: dict[str, Any] = Field(default_factory=dict)
     """Passed through to DeepSpeed after checks; options that break correctness here are refused."""
