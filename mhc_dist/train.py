@@ -7,11 +7,9 @@ and then executes the same program as its peers, step after step.
 from __future__ import annotations
 
 import argparse
-import contextlib
 import hashlib
-import json
 import os
-import platform
+import socket
 import sys
 import time
 import traceback
@@ -19,7 +17,9 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
-from mhc_launcher.bootstrap import RankEnvironment, read_rank_environment
+from mhc_launcher.bootstrap import read_rank_environment
+from mhc_launcher.code_hash import code_hash
+from mhc_launcher.interfaces import network_settings
 
 from mhc_dist.config import RunConfig, dump_config, load_config
 from mhc_dist.data.batches import Batches, Sequences, ValidationWindows
@@ -27,6 +27,7 @@ from mhc_dist.data.bigram import Bigram
 from mhc_dist.data.token_files import check_vocabulary
 from mhc_dist.data.tokens import default_cache_folder, open_tokens
 from mhc_dist.guard.exit_codes import ExitCode
+from mhc_dist.guard.last_words import LastWords
 from mhc_dist.guard.peers import PeerWatch, WatchLimits
 from mhc_dist.guard.signals import SignalInbox
 from mhc_dist.model.flops import model_flops_per_token
@@ -34,7 +35,9 @@ from mhc_dist.observe.metrics import Work
 from mhc_dist.observe.reporter import RunReporter, StepFigures
 from mhc_dist.parallel.agreement import check_agreement
 from mhc_dist.parallel.expert_balance import balance_routers
-from mhc_dist.parallel.process_groups import ProcessGroups, destroy, init_distributed, run_store
+from mhc_dist.parallel.join import Place, join_run, versions
+from mhc_dist.parallel.process_groups import ProcessGroups, destroy, run_store
+from mhc_dist.parallel.roll_call import RollCallError
 from mhc_dist.plan.device_peak import device_peak_flops
 from mhc_dist.plan.run_programs import RunPrograms, plan_run
 from mhc_dist.topology import Topology
@@ -49,30 +52,54 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m mhc_dist.train")
     parser.add_argument("--config", type=Path, required=True, help="resolved configuration of the run")
     parser.add_argument("--local_rank", type=int, help="added by the deepspeed launcher; RANK decides")
-    config = load_config(parser.parse_args(arguments).config)
+    parsed = parser.parse_args(arguments)
     inbox = SignalInbox()
-    place = read_rank_environment()
     try:
-        device = init_distributed(place, config.train.backend, config.train.timeout_seconds)
+        config = load_config(parsed.config)
+        place = read_rank_environment()
+        several_hosts = place.local_world_size < place.world_size
+        os.environ.update(network_settings(os.environ, place.master_addr, several_hosts))
+    except ValueError as error:
+        print(f"host {socket.gethostname()}: {error}", file=sys.stderr, flush=True)
+        return int(ExitCode.USAGE)
+    last_words = LastWords(config.folder, place.rank)
+    try:
+        joined = join_run(
+            place,
+            config.train.backend,
+            start_facts(config),
+            node=place.node,
+            join_seconds=config.train.join_seconds,
+            timeout_seconds=config.train.timeout_seconds,
+        )
         limits = WatchLimits(action_seconds=config.train.timeout_seconds)
         # torchrun's agent may host the store in a process of its own.
         store_rank = None if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True" else 0
         with PeerWatch(
-            run_store(), place.rank, place.world_size, inbox=inbox, store_rank=store_rank, limits=limits
+            run_store(),
+            place.rank,
+            place.world_size,
+            inbox=inbox,
+            store_rank=store_rank,
+            limits=limits,
+            on_end=lambda code, text: last_words.leave(code, text, said=True),
         ) as watch:
-            return train(config, place, device, watch)
+            return train(config, joined.place, joined.device, watch)
+    except RollCallError as error:
+        # Every rank has the sentence; the one that found out leaves it to the user.
+        return last_words.leave(ExitCode.USAGE, str(error)) if error.author else int(ExitCode.USAGE)
     except ValueError as error:
-        return _failed(config, place, ExitCode.USAGE, str(error))
+        return last_words.leave(ExitCode.USAGE, str(error))
     except Exception as error:
         # Whatever it was, the other ranks know already (PeerWatch); here the user learns where.
         traceback.print_exc()
-        return _failed(config, place, ExitCode.ERROR, f"{type(error).__name__}: {error}")
+        return last_words.leave(ExitCode.ERROR, f"{type(error).__name__}: {error}", said=True)
     finally:
         inbox.close()
         destroy()
 
 
-def train(config: RunConfig, place: RankEnvironment, device: torch.device, watch: PeerWatch) -> ExitCode:
+def train(config: RunConfig, place: Place, device: torch.device, watch: PeerWatch) -> ExitCode:
     """Build this rank's part of the run and make all steps."""
     sizes = config.parallel
     topology = Topology(sizes.pipeline, sizes.data, sizes.expert, place.rank)
@@ -82,7 +109,7 @@ def train(config: RunConfig, place: RankEnvironment, device: torch.device, watch
     tokens = open_tokens(config.data, default_cache_folder())
     check_vocabulary(tokens, config.model.vocab_size)
     bigram = Bigram(tokens.train, config.model.vocab_size) if place.rank == 0 else None
-    check_agreement(run_facts(config, programs, tokens.fingerprint))
+    check_agreement(run_facts(programs, tokens.fingerprint))
 
     groups = ProcessGroups.build(topology, config.train.timeout_seconds, programs.training.links)
     worker = Worker.build(config, programs, topology, groups, device, watch.report_action)
@@ -95,7 +122,6 @@ def train(config: RunConfig, place: RankEnvironment, device: torch.device, watch
         reporter.announce(describe(config, programs, tokens.description, device))
         for step in range(config.train.steps):
             figures = train_step(worker, batches, step, stop=watch.stop_reason is not None)
-            reporter.trace(figures)
             is_last = step + 1 == config.train.steps
             every = config.train.validate_every
             due = is_last or (every > 0 and (step + 1) % every == 0)
@@ -151,15 +177,18 @@ def validate(worker: Worker, windows: ValidationWindows) -> float:
     return sum(losses) / len(losses)
 
 
-def run_facts(config: RunConfig, programs: RunPrograms, corpus: str) -> dict[str, str]:
+def start_facts(config: RunConfig) -> dict[str, str]:
+    """What has to be equal on all ranks before anything is computed."""
+    digest = hashlib.blake2b(dump_config(config).encode(), digest_size=8).hexdigest()
+    return {"the configuration": digest, "the code": code_hash(), **versions()}
+
+
+def run_facts(programs: RunPrograms, corpus: str) -> dict[str, str]:
     """What has to be equal on all ranks before the first step."""
     return {
-        "the configuration": hashlib.blake2b(dump_config(config).encode(), digest_size=8).hexdigest(),
         "the program of a step": programs.training.digest(),
         "the program of an evaluation": programs.evaluation.digest(),
         "the corpus": corpus,
-        "torch": torch.__version__,
-        "python": platform.python_version(),
     }
 
 
@@ -175,13 +204,6 @@ def describe(config: RunConfig, programs: RunPrograms, corpus: str, device: torc
         f" kernels, {config.train.precision} on {device.type}, recompute {config.recompute.mode}\n"
         f"{corpus}"
     )
-
-
-def _failed(config: RunConfig, place: RankEnvironment, code: ExitCode, message: str) -> int:
-    """Leave word for the launcher, unless another rank failed first, and return the exit code."""
-    with contextlib.suppress(OSError), (config.folder / "failure.json").open("x") as file:
-        json.dump({"rank": place.rank, "exit_code": int(code), "message": message}, file)
-    return int(code)
 
 
 if __name__ == "__main__":

@@ -15,9 +15,11 @@ from __future__ import annotations
 
 import os
 import re
+import socket
 from collections.abc import Mapping
 from dataclasses import dataclass
 from enum import StrEnum
+from pathlib import Path
 
 DEFAULT_PORT = 29500
 LOCALHOST = "127.0.0.1"
@@ -47,6 +49,8 @@ class RankEnvironment:
     master_addr: str
     master_port: int
     source: Source
+    node: str
+    """Tells this node from the others of the run; equal on its processes."""
 
 
 def read_rank_environment(environ: Mapping[str, str] | None = None) -> RankEnvironment:
@@ -65,7 +69,7 @@ def read_rank_environment(environ: Mapping[str, str] | None = None) -> RankEnvir
     elif "JOB_COMPLETION_INDEX" in variables:
         place = _kubernetes(variables)
     else:
-        place = RankEnvironment(0, 1, 0, 1, LOCALHOST, DEFAULT_PORT, Source.SINGLE)
+        place = RankEnvironment(0, 1, 0, 1, LOCALHOST, DEFAULT_PORT, Source.SINGLE, this_node())
     _check(place)
     return place
 
@@ -81,6 +85,7 @@ def _torchrun(variables: Mapping[str, str]) -> RankEnvironment:
         master_addr=_text(variables, "MASTER_ADDR", started_by),
         master_port=_integer(variables, "MASTER_PORT", started_by),
         source=Source.TORCHRUN,
+        node=_node_number(variables, "GROUP_RANK", "CROSS_RANK"),
     )
 
 
@@ -116,6 +121,7 @@ def _mpi(variables: Mapping[str, str]) -> RankEnvironment:
         master_addr=master_addr,
         master_port=_port(variables, DEFAULT_PORT),
         source=Source.MPI,
+        node=this_node(),
     )
 
 
@@ -146,6 +152,7 @@ def _slurm(variables: Mapping[str, str]) -> RankEnvironment:
         master_addr=variables.get("MASTER_ADDR") or first_host(nodes),
         master_port=_port(variables, 20000 + job % 10000),
         source=Source.SLURM,
+        node=f"node {node}",
     )
 
 
@@ -159,7 +166,19 @@ def _kubernetes(variables: Mapping[str, str]) -> RankEnvironment:
         master_addr=_text(variables, "MASTER_ADDR", started_by, hint="MASTER_ADDR to JOB-0.SERVICE"),
         master_port=_port(variables, DEFAULT_PORT),
         source=Source.KUBERNETES,
+        node=_node_number(variables, "JOB_COMPLETION_INDEX"),
     )
+
+
+def this_node() -> str:
+    """Host name and boot: two hosts may have the same name, and containers of one host share its boot."""
+    boot = Path("/proc/sys/kernel/random/boot_id")
+    return f"{socket.gethostname()} {boot.read_text().strip() if boot.exists() else ''}".strip()
+
+
+def _node_number(variables: Mapping[str, str], *names: str) -> str:
+    """The node's number as the launcher gives it (torchrun GROUP_RANK, deepspeed CROSS_RANK)."""
+    return next((f"node {variables[name]}" for name in names if name in variables), this_node())
 
 
 def expand_tasks_per_node(text: str) -> list[int]:

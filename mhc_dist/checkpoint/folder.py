@@ -85,6 +85,13 @@ def remove_uncommitted(checkpoints: Path) -> list[Path]:
     return leftovers
 
 
+def retire(folder: Path) -> None:
+    """Delete a committed checkpoint. Half deleted, it no longer looks like one."""
+    leaving = folder.with_name(folder.name + UNCOMMITTED)
+    folder.rename(leaving)
+    shutil.rmtree(leaving)
+
+
 def to_delete(steps: list[int], keep_last: int, keep_every: int) -> list[int]:
     """Steps that retention gives up: all but the newest `keep_last` and every multiple of `keep_every`.
 

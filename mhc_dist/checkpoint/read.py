@@ -77,7 +77,7 @@ class Checkpoint:
 
 def read_into(tensor: Tensor, path: Path, offset: int) -> None:
     """Fill a contiguous CPU tensor from byte `offset` on. Raises CheckpointError where a file ends early."""
-    view = memoryview(tensor.numpy()).cast("B")
+    view = tensor.numpy().data.cast("B")
     with path.open("rb", buffering=0) as file:
         file.seek(offset)
         done = 0

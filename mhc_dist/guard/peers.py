@@ -21,7 +21,7 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from types import TracebackType
 from typing import NoReturn, Self
@@ -98,6 +98,8 @@ class PeerWatch:
         inbox: stop signals of this process; without one they keep their usual effect.
         store_rank: whose process hosts the store; None if that is none of the ranks.
         process: this process's name; tests pretend to be on other machines with it.
+        on_end: called with code and reason when this process is ended because another one died or is stuck,
+            on a thread of its own that gets half a second. A rank that fails by itself speaks for itself.
     """
 
     def __init__(
@@ -110,7 +112,9 @@ class PeerWatch:
         store_rank: int | None = 0,
         limits: WatchLimits | None = None,
         process: ProcessName | None = None,
+        on_end: Callable[[ExitCode, str], object] | None = None,
     ) -> None:
+        self._on_end = on_end
         self._rank = rank
         self._world_size = world_size
         self._inbox = inbox
@@ -175,6 +179,12 @@ class PeerWatch:
         """
         limit = self._limits.action_seconds if may_take_seconds is None else may_take_seconds
         self._current = _CurrentAction(action, time.monotonic(), limit)
+
+    @property
+    def current_action(self) -> tuple[str, float]:
+        """What this rank does, and for how many seconds it has done so."""
+        current = self._current
+        return str(current.action), time.monotonic() - current.since
 
     @property
     def stop_reason(self) -> str | None:
@@ -421,6 +431,8 @@ class PeerWatch:
             # The dump is printed once, by its author.
             text = text.partition(" What every rank")[0]
         self._say(text, code)
+        if notice.kind is not NoticeKind.FAILED:
+            self._leave_word(text.partition("\n")[0].rstrip(":"), code)
         self._board.publish(self._status(RankState.ENDING))
         self._board.count_leaving()
         if self._rank == self._store_rank:
@@ -458,7 +470,9 @@ class PeerWatch:
             reason = f"its store is gone ({describe.error_message(error)})"
         if status is not None and status.state is not RankState.RUNNING:
             reason = f"{status.state.value}; {reason}"
-        self._say(describe.lost_rank(host, status, reason), ExitCode.PEER_DIED)
+        text = describe.lost_rank(host, status, reason)
+        self._say(text, ExitCode.PEER_DIED)
+        self._leave_word(text, ExitCode.PEER_DIED)
         _exit(ExitCode.PEER_DIED)
 
     def _leave(self) -> None:
@@ -477,6 +491,13 @@ class PeerWatch:
         deadline = time.monotonic() + limit_seconds
         while process is not None and is_alive(process) and time.monotonic() < deadline:
             time.sleep(POLL_SECONDS / 4)
+
+    def _leave_word(self, text: str, code: ExitCode) -> None:
+        if self._on_end is not None:
+            # What it writes to may hang, with the file system of a node that died.
+            telling = threading.Thread(target=self._on_end, args=(code, text), daemon=True)
+            telling.start()
+            telling.join(0.5)
 
     def _say(self, text: str, code: ExitCode) -> None:
         self._exit_code = code
@@ -510,6 +531,7 @@ class PeerWatch:
                 host, self._store_rank_status, f"its store has not answered for {seconds}"
             )
         self._say(text, ExitCode.PEER_DIED)
+        self._leave_word(text, ExitCode.PEER_DIED)
         _exit(ExitCode.PEER_DIED)
 
 

@@ -16,7 +16,7 @@ from typing import Literal, Protocol
 
 import torch
 import torch.distributed as dist
-from torch._C._distributed_c10d import Store
+from torch._C._distributed_c10d import PrefixStore, Store, TCPStore
 
 from mhc_dist.topology import Topology
 
@@ -39,13 +39,16 @@ class RankPlace(Protocol):
 
 
 def init_distributed(
-    environment: RankPlace, backend: Literal["auto", "gloo", "nccl"], timeout_seconds: float
+    environment: RankPlace,
+    backend: Literal["auto", "gloo", "nccl"],
+    timeout_seconds: float,
+    store: Store | None = None,
 ) -> torch.device:
     """Join the world and return the device of this rank: cuda:local_rank with nccl, the CPU with gloo.
 
-    `auto` takes nccl where a GPU is visible and gloo elsewhere. Exports the rank variables that torch and
-    DeepSpeed read. A world of one needs neither network nor port. Raises ValueError when the device or the
-    port cannot be had.
+    `auto` takes nccl where a GPU is visible and gloo elsewhere. `store` is the one that `open_store` gave; by
+    default it is opened here. Exports the rank variables that torch and DeepSpeed read. A world of one needs
+    neither network nor port. Raises ValueError when the device or the port cannot be had.
     """
     chosen = ("nccl" if torch.cuda.is_available() else "gloo") if backend == "auto" else backend
     device = _device(chosen, environment)
@@ -57,21 +60,58 @@ def init_distributed(
         MASTER_ADDR=environment.master_addr,
         MASTER_PORT=str(environment.master_port),
     )
-    timeout = datetime.timedelta(seconds=timeout_seconds)
-    if environment.world_size == 1:
-        store = dist.HashStore()  # type: ignore[attr-defined]
-        dist.init_process_group(chosen, store=store, rank=0, world_size=1, timeout=timeout)
-        return device
-    try:
-        dist.init_process_group(chosen, init_method="env://", timeout=timeout)
-    except dist.DistNetworkError as error:
-        raise ValueError(
-            f"rank {environment.rank} of {environment.world_size} could not meet the others at"
-            f" {environment.master_addr}:{environment.master_port} within {timeout_seconds:g} s: {error}."
-            " Is the port taken by another program, or the address not reachable from here? Choose a free"
-            " port (MASTER_PORT) or the right address (MASTER_ADDR)."
-        ) from error
+    if store is None:
+        store = open_store(environment, timeout_seconds)
+    dist.init_process_group(
+        chosen,
+        store=store,
+        rank=environment.rank,
+        world_size=environment.world_size,
+        timeout=datetime.timedelta(seconds=timeout_seconds),
+    )
     return device
+
+
+def open_store(environment: RankPlace, timeout_seconds: float) -> Store:
+    """The key-value store on which the world meets; rank 0 hosts it, unless torchrun's agent does.
+
+    Returns as soon as this rank is connected: who else is there is for a roll call to find out. Raises
+    ValueError when the port is taken or nobody answers at the master address in time.
+    """
+    if environment.world_size == 1:
+        alone: Store = dist.HashStore()  # type: ignore[attr-defined]
+        return alone
+    agent_hosts = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+    address, port = environment.master_addr, environment.master_port
+    hosts = environment.rank == 0 and not agent_hosts
+    try:
+        store = TCPStore(
+            address,
+            port,
+            environment.world_size,
+            is_master=hosts,
+            timeout=datetime.timedelta(seconds=timeout_seconds),
+            wait_for_workers=False,
+        )
+    except (dist.DistNetworkError, dist.DistStoreError) as error:
+        reason = str(error).partition("\n")[0]
+        who = f"rank {environment.rank} of {environment.world_size}"
+        if hosts:
+            raise ValueError(
+                f"{who} cannot listen on {address}:{port} where the ranks are to meet: {reason}. Is the port"
+                " taken by another program, or the address not one of this host? Choose a free port"
+                " (--master-port, MASTER_PORT) or the right address (--master-addr, MASTER_ADDR)."
+            ) from error
+        raise ValueError(
+            f"{who} could not meet the others at {address}:{port} within {timeout_seconds:g} s: {reason}. Was"
+            " rank 0 started, is the port another program's, or is the address not reachable from here?"
+            " Start all nodes, and choose a free port (--master-port, MASTER_PORT) and the right address"
+            " (--master-addr, MASTER_ADDR)."
+        ) from error
+    # A restart by torchrun finds the keys of the attempt before it in the agent's store.
+    attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+    prefixed: Store = PrefixStore(f"mhc_dist/{attempt}", store)
+    return prefixed
 
 
 def run_store() -> Store:

@@ -5,6 +5,7 @@ from mhc_launcher.bootstrap import (
     expand_tasks_per_node,
     first_host,
     read_rank_environment,
+    this_node,
 )
 
 TORCHRUN = {
@@ -49,13 +50,13 @@ KUBERNETES = {"JOB_COMPLETION_INDEX": "2", "WORLD_SIZE": "3", "MASTER_ADDR": "tr
 @pytest.mark.parametrize(
     ("variables", "expected"),
     [
-        (TORCHRUN, RankEnvironment(5, 8, 1, 4, "node0", 29501, Source.TORCHRUN)),
-        (DEEPSPEED, RankEnvironment(3, 4, 1, 2, "10.0.0.1", 29500, Source.TORCHRUN)),
-        (OPEN_MPI, RankEnvironment(2, 4, 2, 4, "127.0.0.1", 29500, Source.MPI)),
-        (MPICH, RankEnvironment(1, 2, 1, 2, "127.0.0.1", 29500, Source.MPI)),
-        (SLURM, RankEnvironment(3, 5, 1, 2, "gpu07", 23456, Source.SLURM)),
-        (KUBERNETES, RankEnvironment(2, 3, 0, 1, "train-0.train", 29500, Source.KUBERNETES)),
-        ({}, RankEnvironment(0, 1, 0, 1, "127.0.0.1", 29500, Source.SINGLE)),
+        (TORCHRUN, RankEnvironment(5, 8, 1, 4, "node0", 29501, Source.TORCHRUN, this_node())),
+        (DEEPSPEED, RankEnvironment(3, 4, 1, 2, "10.0.0.1", 29500, Source.TORCHRUN, "node 1")),
+        (OPEN_MPI, RankEnvironment(2, 4, 2, 4, "127.0.0.1", 29500, Source.MPI, this_node())),
+        (MPICH, RankEnvironment(1, 2, 1, 2, "127.0.0.1", 29500, Source.MPI, this_node())),
+        (SLURM, RankEnvironment(3, 5, 1, 2, "gpu07", 23456, Source.SLURM, "node 1")),
+        (KUBERNETES, RankEnvironment(2, 3, 0, 1, "train-0.train", 29500, Source.KUBERNETES, "node 2")),
+        ({}, RankEnvironment(0, 1, 0, 1, "127.0.0.1", 29500, Source.SINGLE, this_node())),
     ],
     ids=["torchrun", "deepspeed", "open-mpi", "mpich", "slurm", "kubernetes", "single"],
 )

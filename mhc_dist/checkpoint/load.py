@@ -1,0 +1,125 @@
+"""Resuming: choose a checkpoint all ranks agree on, verify it together, read only what is needed.
+
+Every step is collective: all ranks do the same, whatever their own part of a checkpoint looks like.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch.distributed as dist
+from torch.distributed import checkpoint as dcp
+from torch.distributed.checkpoint.api import CheckpointException
+
+from mhc_dist.checkpoint.folder import (
+    DAMAGED,
+    FOLDER,
+    SUPERSEDED,
+    committed,
+    remove_uncommitted,
+    set_aside,
+)
+from mhc_dist.checkpoint.manifest import CheckpointError, Manifest, read_index, read_manifest
+from mhc_dist.checkpoint.planners import FragmentLoadPlanner
+from mhc_dist.checkpoint.resume import candidates
+from mhc_dist.checkpoint.state import RankState
+from mhc_dist.checkpoint.storage import FolderReader
+from mhc_dist.checkpoint.verify import damages
+
+
+@dataclass(frozen=True)
+class Chosen:
+    """A checkpoint that all ranks found in order; `passed_over`, newest first: damaged, and why."""
+
+    folder: Path
+    manifest: Manifest
+    passed_over: tuple[tuple[Path, str], ...] = ()
+
+
+def choose(request: str, run_folder: Path, group: dist.ProcessGroup) -> Chosen | None:
+    """The checkpoint to resume from; None when `auto` finds none at all. Collective over `group`.
+
+    Ranks share the reading: each verifies every n-th file. Raises CheckpointError, on all ranks alike, when
+    nothing that was asked for is in order.
+    """
+    wanted = _from_first(lambda: candidates(request, run_folder), group)
+    passed_over: list[tuple[Path, str]] = []
+    for folder in wanted.folders:
+        manifest, damage = _verify(folder, group)
+        if manifest is not None and not damage:
+            return Chosen(folder, manifest, tuple(passed_over))
+        passed_over.append((folder, "; ".join(damage)))
+        if not wanted.fall_back:
+            break
+    if passed_over:
+        told = "; ".join(why for _, why in passed_over)
+        raise CheckpointError(
+            f"no checkpoint of {run_folder} can be used: {told}. Name another one with --resume, or start anew"
+            " without it."
+        )
+    return None
+
+
+def load(chosen: Chosen, state: RankState, group: dist.ProcessGroup) -> None:
+    """Take this rank's part of a verified checkpoint. Collective. Raises CheckpointError on all ranks."""
+    topology, progress = chosen.manifest.topology, chosen.manifest.progress
+    fragments = state.to_load(topology.pipeline * topology.data)
+    try:
+        dcp.load(
+            fragments,
+            storage_reader=FolderReader(chosen.folder, read_index(chosen.folder)),
+            planner=FragmentLoadPlanner(),
+            process_group=group,
+        )
+    except CheckpointException as error:
+        rank, (cause, _) = min(error.failures.items())
+        if not isinstance(cause, (OSError, CheckpointError)):
+            raise
+        raise CheckpointError(f"{chosen.folder} cannot be loaded: rank {rank}: {cause}") from error
+    state.loaded(fragments, progress.step, progress.num_updates)
+
+
+def tidy(run_folder: Path, step: int, damaged: tuple[Path, ...] = ()) -> list[str]:
+    """Make room for what the run will save after `step`; on rank 0, before the first save. What was done.
+
+    Unfinished saves are deleted; damaged checkpoints, and those of steps that will now be made anew, are
+    renamed.
+    """
+    checkpoints = run_folder / FOLDER
+    told = [f"{folder} was never committed; deleted" for folder in remove_uncommitted(checkpoints)]
+    for folder in damaged:
+        told.append(f"{folder} is damaged; renamed to {set_aside(folder, DAMAGED).name}")
+    for later, folder in committed(checkpoints).items():
+        if later > step:
+            told.append(f"{folder} is of a later step; renamed to {set_aside(folder, SUPERSEDED).name}")
+    return told
+
+
+def _verify(folder: Path, group: dist.ProcessGroup) -> tuple[Manifest | None, list[str]]:
+    """The manifest as rank 0 reads it, and everything any rank found wrong, in rank order."""
+    rank, num_ranks = dist.get_rank(group), dist.get_world_size(group)
+    manifest: Manifest | None = None
+    try:
+        manifest = read_manifest(folder)
+        found = list(damages(folder, manifest, list(manifest.files)[rank::num_ranks]))
+    except CheckpointError as error:
+        found = [str(error)]
+    everyones: list[Any] = [None] * num_ranks
+    dist.all_gather_object(everyones, found, group=group)
+    return manifest, list(dict.fromkeys(sentence for part in everyones for sentence in part))
+
+
+def _from_first(make: Any, group: dist.ProcessGroup) -> Any:
+    """What rank 0 makes, on all ranks; its CheckpointError, too. File systems may show others less."""
+    made: list[Any] = [None]
+    if dist.get_rank(group) == 0:
+        try:
+            made[0] = make()
+        except CheckpointError as error:
+            made[0] = error
+    dist.broadcast_object_list(made, src=0, group=group)
+    if isinstance(made[0], CheckpointError):
+        raise made[0]
+    return made[0]
