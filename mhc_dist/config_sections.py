@@ -157,8 +157,6 @@ class TrainConfig(Section):
     """Longest silence of a peer before the run is ended."""
     join_seconds: PositiveFloat = 300.0
     """How long ranks wait for each other at the start: nodes may have to pull an image first."""
-    join_seconds: PositiveFloat = 300.0
-    """How long ranks wait for each other at the start: nodes may have to pull an image first."""
 
     @field_validator("name")
     @classmethod

@@ -122,6 +122,7 @@ def train(config: RunConfig, place: Place, device: torch.device, watch: PeerWatc
         reporter.announce(describe(config, programs, tokens.description, device))
         for step in range(config.train.steps):
             figures = train_step(worker, batches, step, stop=watch.stop_reason is not None)
+            reporter.trace(figures)
             is_last = step + 1 == config.train.steps
             every = config.train.validate_every
             due = is_last or (every > 0 and (step + 1) % every == 0)
