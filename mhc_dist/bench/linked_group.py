@@ -1,0 +1,151 @@
+"""A torch.distributed backend whose all-to-all and point-to-point messages travel an emulated link.
+
+Whoever communicates through it, whatever the engine, sees the same network: gloo carries the data, and a
+transfer is complete when the link would have delivered it as well. Everything else (agreement, barriers) is
+gloo's own and costs nothing extra.
+
+A message's delay counts from its SEND or, if the receiver was not ready by then, from its RECV: the two meet
+before data moves, as with NCCL. Ranks share a host, so they share the clock.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from mhc_dist.parallel.emulated_link import EmulatedLink
+
+BACKEND = "emulated_link"
+
+
+@dataclass
+class Route:
+    """This process's way out; no link means the network as it is. Shared by all groups of the process."""
+
+    link: EmulatedLink | None = None
+
+
+@dataclass
+class _Transfer:
+    """Handle of an all-to-all or a SEND: over when the data has moved and the link has delivered."""
+
+    work: dist.Work
+    link: EmulatedLink
+    landing: float
+
+    def wait(self, timeout: timedelta | None = None) -> bool:
+        self.work.wait()
+        self.link.wait(self.landing)
+        return True
+
+    def is_completed(self) -> bool:
+        return self.work.is_completed() and self.link.clock() >= self.landing
+
+
+@dataclass
+class _Arrival:
+    """Handle of a RECV: the sender's note says when its message left and how long it occupies the link."""
+
+    works: tuple[dist.Work, dist.Work]
+    note: Tensor
+    link: EmulatedLink
+    posted: float
+
+    def wait(self, timeout: timedelta | None = None) -> bool:
+        for work in self.works:
+            work.wait()
+        left, seconds = self.note.tolist()
+        self.link.wait(max(left, self.posted) + seconds)
+        return True
+
+    def is_completed(self) -> bool:
+        if not all(work.is_completed() for work in self.works):
+            return False
+        left, seconds = self.note.tolist()
+        return self.link.clock() >= max(left, self.posted) + seconds
+
+
+class LinkedGroup(dist.ProcessGroup):
+    """A gloo group on a route. Methods are those that `torch.distributed` calls."""
+
+    def __init__(self, gloo: Any, rank: int, size: int, route: Route) -> None:
+        super().__init__(rank, size)
+        self._gloo, self._route = gloo, route
+        # Tells torch which devices and types of backend there are; the calls go to gloo directly.
+        self._register_backend(torch.device("cpu"), dist.ProcessGroup.BackendType.GLOO, gloo)  # type: ignore[attr-defined]
+        self._set_default_backend(dist.ProcessGroup.BackendType.GLOO)  # type: ignore[attr-defined]
+
+    def getBackendName(self) -> str:
+        return BACKEND
+
+    # Not inherited: the base class calls its backend without giving up the interpreter's lock, and gloo's
+    # threads need that lock to let go of a finished transfer's tensors. Both then wait for ever.
+
+    def allreduce(self, *arguments: Any, **named: Any) -> Any:
+        return self._gloo.allreduce(*arguments, **named)
+
+    def broadcast(self, *arguments: Any, **named: Any) -> Any:
+        return self._gloo.broadcast(*arguments, **named)
+
+    def allgather(self, *arguments: Any, **named: Any) -> Any:
+        return self._gloo.allgather(*arguments, **named)
+
+    def barrier(self, *arguments: Any, **named: Any) -> Any:
+        return self._gloo.barrier(*arguments, **named)
+
+    def alltoall_base(
+        self,
+        output: Tensor,
+        input: Tensor,
+        output_split_sizes: list[int],
+        input_split_sizes: list[int],
+        opts: Any = None,
+    ) -> Any:
+        opts = opts or dist.AllToAllOptions()
+        work = self._gloo.alltoall_base(output, input, output_split_sizes, input_split_sizes, opts)
+        link = self._route.link
+        if link is None:
+            return work
+        if input_split_sizes:
+            own_rows = input_split_sizes[self.rank()]
+        else:
+            own_rows = input.shape[0] // self.size()
+        row_bytes = input.element_size() * (input.numel() // max(1, input.shape[0]))
+        return _Transfer(work, link, link.send((input.shape[0] - own_rows) * row_bytes))
+
+    def send(self, tensors: Sequence[Tensor], dstRank: int, tag: int = 0) -> Any:
+        link = self._route.link
+        if link is None:
+            return self._gloo.send(list(tensors), dstRank, tag)
+        (tensor,) = tensors
+        payload_bytes = tensor.numel() * tensor.element_size()
+        landing = link.send(payload_bytes)
+        seconds = link.seconds(payload_bytes)
+        note = torch.tensor([landing - seconds, seconds], dtype=torch.float64)
+        self._gloo.send([note], dstRank, tag).wait()
+        return _Transfer(self._gloo.send([tensor], dstRank, tag), link, landing)
+
+    def recv(self, tensors: Sequence[Tensor], srcRank: int, tag: int = 0) -> Any:
+        link = self._route.link
+        if link is None:
+            return self._gloo.recv(list(tensors), srcRank, tag)
+        note = torch.empty(2, dtype=torch.float64)
+        posted = link.clock()
+        works = (self._gloo.recv([note], srcRank, tag), self._gloo.recv(list(tensors), srcRank, tag))
+        return _Arrival(works, note, link, posted)
+
+
+def register(route: Route) -> str:
+    """Make the backend known to torch.distributed in this process, on `route`; returns its name."""
+
+    def create(store: Any, rank: int, size: int, timeout: timedelta) -> LinkedGroup:
+        return LinkedGroup(dist.ProcessGroupGloo(store, rank, size, timeout), rank, size, route)
+
+    dist.Backend.register_backend(BACKEND, create, devices=["cpu"])
+    return BACKEND

@@ -1,0 +1,87 @@
+"""DeepSpeed's own `DualPipeVEngine`, at its best settings.
+
+fp32, no ZeRO, no activation checkpoints, no timers. Reduction and the optimizer's step are left out, as for
+all engines of the comparison: it is about forwards and backwards. Everything else is the engine's own.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from mhc_dist.bench.pace import Pace
+from mhc_dist.bench.peers.engines import Setting
+from mhc_dist.bench.peers.layers import named_gradients, own_chunks
+
+if not torch.cuda.is_available():
+    # Otherwise DeepSpeed probes for devices and warns that it found none.
+    os.environ.setdefault("DS_ACCELERATOR", "cpu")
+
+import deepspeed  # type: ignore[import-untyped]
+from deepspeed.ops import __compatible_ops__ as compatible_ops  # type: ignore[import-untyped]
+from deepspeed.runtime.pipe import schedule  # type: ignore[import-untyped]
+from deepspeed.runtime.pipe.dualpipev import DualPipeVModule  # type: ignore[import-untyped]
+from deepspeed.runtime.pipe.topology import PipeDataParallelTopology  # type: ignore[import-untyped]
+
+LEFT_OUT = (schedule.ReduceTiedGrads, schedule.ReduceGrads, schedule.OptimizerStep)
+
+
+def _nothing(_engine: Any) -> None:
+    """In place of what is left out."""
+
+
+class DeepSpeedDualPipeV:
+    """An engine of the comparison."""
+
+    def __init__(self, setting: Setting, pace: Pace, *, hide_shared: bool) -> None:
+        self._setting = setting
+        self._chunks = own_chunks(setting, pace, hide_shared=hide_shared)
+        topology = setting.topology
+        num_chunks = 2 * topology.pipeline
+        layers: list[nn.Module] = [self._chunks.get(index, nn.Identity()) for index in range(num_chunks)]
+        logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+        # Compiled for a minute at first use, and not needed: it is for reductions on one host.
+        compatible_ops["deepspeed_shm_comm"] = False
+        # The world is there already; this only tells DeepSpeed to use it.
+        deepspeed.init_distributed(dist_backend="gloo", auto_mpi_discovery=False, verbose=False)
+        module = DualPipeVModule(
+            layers=layers,
+            topology=PipeDataParallelTopology(num_pp=topology.pipeline, num_dp=topology.data),
+            loss_fn=self._chunks[max(self._chunks)].loss,
+            partition_method="uniform",
+            activation_checkpoint_interval=0,
+        )
+        num_microbatches = len(setting.microbatches)
+        sequences = setting.config.data.sequences_per_microbatch
+        engine, *_ = deepspeed.initialize(
+            model=module,
+            optimizer=torch.optim.SGD(module.parameters(), lr=0.0),  # the engine insists on one; never stepped
+            config={
+                "train_micro_batch_size_per_gpu": sequences,
+                "gradient_accumulation_steps": num_microbatches,
+                "train_batch_size": sequences * num_microbatches * topology.data,
+                "steps_per_print": None,
+            },
+        )
+        engine._INSTRUCTION_MAP = {**engine._INSTRUCTION_MAP, **dict.fromkeys(LEFT_OUT, _nothing)}
+        engine._aggregate_total_loss = lambda: engine.total_loss  # no exchange of losses between data ranks
+        self._engine = engine
+        # DeepSpeed has given all data ranks the first one's weights, experts included.
+        for chunk in self._chunks.values():
+            chunk.initialize(setting.config)
+
+    def step(self) -> list[Tensor]:
+        self._engine.train_batch(iter(self._setting.microbatches))
+        losses: list[Tensor] = self._engine.fwd_outputs
+        return losses
+
+    def gradients(self) -> dict[str, Tensor]:
+        return named_gradients(self._chunks.values())
+
+    def forget_gradients(self) -> None:
+        for chunk in self._chunks.values():
+            chunk.zero_grad(set_to_none=True)
