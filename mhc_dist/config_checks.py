@@ -104,6 +104,22 @@ def _schedule(config: RunSections) -> Iterator[str]:
             f" ranks: each chunk needs a layer. Raise model.num_layers to {num_chunks}, or lower"
             " parallel.pipeline."
         )
+        return
+    cuts = config.schedule.boundaries
+    if cuts == "auto":
+        return
+    if len(cuts) != num_chunks - 1:
+        yield (
+            f"schedule.boundaries has {len(cuts)} entries, but schedule.name={config.schedule.name} on"
+            f" parallel.pipeline={pipeline} ranks has {num_chunks - 1} boundaries between its {num_chunks}"
+            " chunks. List the first layer of every chunk but the first, or set schedule.boundaries=auto."
+        )
+    elif list(cuts) != sorted(set(cuts)) or cuts[-1:] > (config.model.num_layers - 1,):
+        yield (
+            f"schedule.boundaries={list(cuts)} must increase and stay below"
+            f" model.num_layers={config.model.num_layers}: every chunk needs a layer. Or set"
+            " schedule.boundaries=auto."
+        )
 
 
 def _optimizer(config: RunSections) -> Iterator[str]:

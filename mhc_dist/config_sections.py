@@ -105,6 +105,9 @@ class ScheduleConfig(Section):
     cluster: str | None = None
     """A cluster file, or its name in configs/clusters: phases are placed by its predicted costs, so that
     computation runs while tokens fly. null runs them one after the other in the schedule's order."""
+    boundaries: Literal["auto"] | tuple[PositiveInt, ...] = "auto"
+    """First layers of all chunks but the first; `mhc-dist plan` prints the best found. auto: every pipeline
+    rank gets its share of the operations."""
 
 
 class RecomputeConfig(Section):
