@@ -118,7 +118,9 @@ def train(config: RunConfig, place: Place, device: torch.device, watch: PeerWatc
     windows = ValidationWindows(tokens.validation, config.data.sequence_length, num_validated)
 
     work = Work(model_flops_per_token(config), device_peak_flops(config))
-    with RunReporter(config, topology, place.local_rank, place.local_world_size, work) as reporter:
+    with RunReporter(
+        config, topology, place.local_rank, place.local_world_size, work, lambda: watch.current_action
+    ) as reporter:
         reporter.announce(describe(config, programs, tokens.description, device))
         for step in range(config.train.steps):
             figures = train_step(worker, batches, step, stop=watch.stop_reason is not None)

@@ -18,6 +18,7 @@ from mhc_dist.guard.exit_codes import ExitCode
 from mhc_launcher.commands_bench import bench_app
 from mhc_launcher.commands_data import data_app
 from mhc_launcher.commands_export import PASS_ON, export_command, generate_command
+from mhc_launcher.commands_observe import top_command
 from mhc_launcher.commands_schedule import plan_command, schedule_command
 
 app = typer.Typer(
@@ -80,6 +81,7 @@ def train(
 
 app.command("schedule")(schedule_command)
 app.command("plan")(plan_command)
+app.command("top")(top_command)
 app.command("export", context_settings=PASS_ON)(export_command)
 app.command("generate", context_settings=PASS_ON)(generate_command)
 

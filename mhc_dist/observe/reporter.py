@@ -9,6 +9,7 @@ import socket
 import sys
 import time
 from collections import defaultdict
+from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass
 from types import TracebackType
@@ -21,6 +22,8 @@ from mhc_dist.observe.exporter import start_exporter
 from mhc_dist.observe.loss_plot import plot_loss
 from mhc_dist.observe.metrics import CommOp, CommUse, RankLabels, RankStep, RunStep, TrainMetrics, Work
 from mhc_dist.observe.progress import TrainProgress
+from mhc_dist.observe.rank_log import RankLog
+from mhc_dist.observe.rank_status import RankStatus
 from mhc_dist.observe.run_log import RunLog
 from mhc_dist.observe.step_traces import StepTraces
 from mhc_dist.observe.target_file import announced_target
@@ -61,7 +64,9 @@ class RunReporter:
         local_rank: int,
         local_world_size: int,
         work: Work | None = None,
+        current_action: Callable[[], tuple[str, float]] | None = None,
     ) -> None:
+        """`current_action`: what the rank does and for how many seconds, asked when someone wants to know."""
         self._config = config
         self._rank, self._is_first_rank = topology.rank, topology.rank == 0
         labels = RankLabels(
@@ -74,6 +79,8 @@ class RunReporter:
         self._metrics = TrainMetrics(labels, reports_run=self._is_first_rank, work=work)
         self._local_rank, self._local_world_size = local_rank, local_world_size
         self._traces = StepTraces(config.folder, config.observe.trace_steps, topology)
+        self._status = RankStatus(labels, current_action)
+        self._rank_log = RankLog(config.folder, topology.rank, topology.pipeline_rank)
         self._open = ExitStack()
         self._log: RunLog | None = None
         self._progress: TrainProgress | None = None
@@ -84,9 +91,13 @@ class RunReporter:
         self._validation_loss: float | None = None
 
     def __enter__(self) -> Self:
+        self._open.callback(self._rank_log.flush)
         if port := self._config.observe.metrics_port:
             exporter = start_exporter(
-                self._metrics.registry, port + self._local_rank, stride=self._local_world_size
+                self._metrics.registry,
+                port + self._local_rank,
+                stride=self._local_world_size,
+                status=self._status.now,
             )
             self._open.callback(exporter.close)
             self._open.enter_context(
@@ -123,7 +134,10 @@ class RunReporter:
 
     def step(self, figures: StepFigures, validation_loss: float | None = None) -> None:
         """A training step, and the validation after it if there was one, is done: one record in the log."""
-        self._metrics.record_rank_step(_rank_step(figures))
+        rank_step = _rank_step(figures)
+        self._metrics.record_rank_step(rank_step)
+        self._rank_log.step(figures.step, rank_step)
+        self._status.step_done(figures.step, figures.seconds, rank_step.phase_seconds)
         if self._metrics.stage is not None and figures.load_max_to_mean_ratio is not None:
             self._metrics.stage.record_load(figures.load_max_to_mean_ratio)
         self._metrics.record_run_step(
