@@ -20,6 +20,9 @@ import psutil
 STOP_SECONDS = 90.0
 """How long ranks may take to finish after a request to stop: a step and whatever they save."""
 
+OVER_SECONDS = 20.0
+"""How long a command may outlive its run: the ranks of the other nodes end within that time."""
+
 LINGER_SECONDS = 10.0
 """How long descendants may outlive the command before they are killed."""
 
@@ -45,15 +48,32 @@ class _StopRequests:
 
 
 def run_group(
-    command: Sequence[str], environment: dict[str, str], is_rank: Callable[[Sequence[str]], bool]
+    command: Sequence[str],
+    environment: dict[str, str],
+    is_rank: Callable[[Sequence[str]], bool],
+    *,
+    ask_elsewhere: Callable[[], bool] | None = None,
+    is_over: Callable[[], bool] = lambda: False,
 ) -> Ended:
-    """Run `command` to its end with this process's output; `is_rank` knows a rank by its command line."""
+    """Run `command` to its end with this process's output.
+
+    Args:
+        is_rank: knows a rank by its command line.
+        ask_elsewhere: asks ranks on other hosts to stop; False when there are none.
+        is_over: whether the run itself has ended. A command that outlives it by `OVER_SECONDS`, waiting for a
+            node that is gone, is ended.
+    """
     requests = _StopRequests()
     caught = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
     previous = {number: signal.signal(number, requests.note) for number in caught}
     try:
         process = subprocess.Popen(command, env=environment, stdin=subprocess.DEVNULL, process_group=0)
-        _wait(process, requests, is_rank)
+
+        def ask_to_stop() -> None:
+            if ask_elsewhere is None or not ask_elsewhere():
+                _ask_to_stop(process.pid, is_rank)
+
+        _wait(process, requests, ask_to_stop, is_over)
         _end_group(process.pid)
     finally:
         for number, handler in previous.items():
@@ -63,16 +83,23 @@ def run_group(
 
 
 def _wait(
-    process: subprocess.Popen[bytes], requests: _StopRequests, is_rank: Callable[[Sequence[str]], bool]
+    process: subprocess.Popen[bytes],
+    requests: _StopRequests,
+    ask_to_stop: Callable[[], None],
+    is_over: Callable[[], bool],
 ) -> None:
     """Until the command ends. The first request goes to the ranks, the second one ends everything."""
     deadline: float | None = None
+    over_since: float | None = None
     while process.poll() is None:
         if requests.received and deadline is None:
             deadline = time.monotonic() + STOP_SECONDS
-            _ask_to_stop(process.pid, is_rank)
+            ask_to_stop()
+        if over_since is None and is_over():
+            over_since = time.monotonic()
+        outlived = over_since is not None and time.monotonic() > over_since + OVER_SECONDS
         insisted = len(requests.received) > 1
-        if deadline is not None and (insisted or time.monotonic() > deadline):
+        if outlived or (deadline is not None and (insisted or time.monotonic() > deadline)):
             _signal_group(process.pid, signal.SIGKILL)
         time.sleep(POLL_SECONDS)
 
