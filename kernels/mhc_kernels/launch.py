@@ -78,6 +78,16 @@ def product_precision(streams_TNC: Tensor, tiles: TileSet) -> str:
     return tiles.precision if streams_TNC.dtype == torch.bfloat16 else "ieee"
 
 
+def mixing_code(spec: ConnectionSpec) -> int:
+    """Raises ValueError for a mixing that the kernels do not have."""
+    if spec.mixing not in MIXING_CODE:
+        raise ValueError(
+            f"mixing={spec.mixing} has no Triton kernels: use one of {', '.join(MIXING_CODE)}, or another"
+            " backend"
+        )
+    return MIXING_CODE[spec.mixing]
+
+
 def permutation_table(spec: ConnectionSpec, like: Tensor) -> Tensor | None:
     """(P padded to a power of two, n*n) fp32; None unless mixing=permutations."""
     if spec.mixing is not Mixing.PERMUTATIONS:
@@ -160,7 +170,7 @@ def seam_forward(
             N=n,
             M=m,
             SPLITS=splits,
-            MIXING=MIXING_CODE[spec.mixing],
+            MIXING=mixing_code(spec),
             ITERATIONS=spec.sinkhorn_iterations,
             P_PAD=padded_permutations(spec),
             CARRIED=carried_pre_TN is not None,
@@ -222,7 +232,7 @@ def seam_backward(
             C=channels,
             N=n,
             M=m,
-            MIXING=MIXING_CODE[spec.mixing],
+            MIXING=mixing_code(spec),
             ITERATIONS=spec.sinkhorn_iterations,
             P_PAD=padded_permutations(spec),
             CARRIED=carried_pre_TN is not None,
@@ -302,8 +312,7 @@ def _apply(
         d_phi,
         d_gain,
         num_tokens,
-        triton.cdiv(triton.cdiv(num_tokens, splits), tiles.backward_apply.tokens)
-        * tiles.backward_apply.tokens,
+        triton.cdiv(triton.cdiv(num_tokens, splits), tile.tokens) * tile.tokens,
         C=channels,
         N=n,
         M=1 if spec is None else spec.num_coefficients,
@@ -315,6 +324,7 @@ def _apply(
         BT=tile.tokens,
         BC=tile.channels,
         num_warps=tile.num_warps,
+        num_stages=tile.num_stages,
     )
     return (
         d_streams_TNC,

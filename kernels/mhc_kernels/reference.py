@@ -68,6 +68,16 @@ def permutation_mixture(logits_TP: Tensor, num_streams: int) -> Tensor:
     return (logits_TP.softmax(-1) @ matrices_PNN.flatten(1)).reshape(-1, num_streams, num_streams)
 
 
+def kronecker_product(logits_TK: Tensor) -> Tensor:
+    """krom: D_1 x ... x D_K with D = [[s, 1 - s], [1 - s, s]], s = sigmoid(logit); (T, 2^K, 2^K)."""
+    res_TNN = logits_TK.new_ones(logits_TK.shape[0], 1, 1)
+    for logit_T in logits_TK.unbind(-1):
+        stay_T, swap_T = logit_T.sigmoid(), (-logit_T).sigmoid()
+        factor_T22 = torch.stack([stay_T, swap_T, swap_T, stay_T], dim=-1).unflatten(-1, (2, 2))
+        res_TNN = torch.einsum("tab,tcd->tacbd", res_TNN, factor_T22).flatten(3).flatten(1, 2)
+    return res_TNN
+
+
 def coefficients(mix_TM: Tensor, alpha_3: Tensor, bias_M: Tensor, spec: ConnectionSpec) -> Coefficients:
     """H_pre = sigmoid, H_post = 2 sigmoid, H_res = doubly stochastic: Eq. 14-19."""
     n = spec.num_streams
@@ -82,6 +92,8 @@ def coefficients(mix_TM: Tensor, alpha_3: Tensor, bias_M: Tensor, spec: Connecti
             )
         case Mixing.PERMUTATIONS:
             res_TNN = permutation_mixture(logits_TM[:, 2 * n :], n)
+        case Mixing.KRONECKER:
+            res_TNN = kronecker_product(logits_TM[:, 2 * n :])
         case Mixing.IDENTITY:
             pass
     return Coefficients(pre_TN, post_TN, res_TNN)

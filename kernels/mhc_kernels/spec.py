@@ -26,6 +26,8 @@ class Mixing(StrEnum):
     """H_res = I; only H_pre and H_post are learned."""
     PERMUTATIONS = "permutations"
     """mHC-lite: a softmax mixture of all n! permutation matrices, doubly stochastic without iterations."""
+    KRONECKER = "kronecker"
+    """The Kronecker product of log2(n) doubly stochastic 2x2 matrices: few coefficients at n = 8."""
 
 
 @dataclass(frozen=True)
@@ -74,6 +76,8 @@ class ConnectionSpec:
                 return 0
             case Mixing.PERMUTATIONS:
                 return math.factorial(self.num_streams)
+            case Mixing.KRONECKER:
+                return self.num_streams.bit_length() - 1
 
     @property
     def num_coefficients(self) -> int:

@@ -39,9 +39,10 @@ def coefficients(mix_TM: Tensor, alpha_3: Tensor, bias_M: Tensor, spec: Connecti
                 res_NNT.div_(res_NNT.sum(0, keepdim=True).add_(eps))
                 res_NNT.div_(res_NNT.sum(1, keepdim=True).add_(eps))
             res_TNN = res_NNT.permute(2, 0, 1).contiguous()
-        case Mixing.PERMUTATIONS:
-            matrices_PD = permutation_matrices(n).to(mix_TM).flatten(1)
-            res_TNN = (logits_MT[2 * n :].softmax(0).T @ matrices_PD).reshape(-1, n, n)
+        case Mixing.PERMUTATIONS | Mixing.KRONECKER:
+            mixture = _mixture(spec, mix_TM)
+            weights_PT = mixture.weights(logits_MT[2 * n :])
+            res_TNN = (weights_PT.T @ mixture.matrices_PD).reshape(-1, n, n)
         case Mixing.IDENTITY:
             pass
     return Coefficients(pre_TN, post_TN, res_TNN)
@@ -70,12 +71,16 @@ def coefficients_backward(
             d_logits_MT[2 * n :] = _sinkhorn_backward(
                 logits_MT[2 * n :].reshape(n, n, -1), d_res_NNT, spec
             ).flatten(0, 1)
-        case Mixing.PERMUTATIONS:
+        case Mixing.PERMUTATIONS | Mixing.KRONECKER:
             assert d_res_TNN is not None
-            weights_PT = logits_MT[2 * n :].softmax(0)
-            gradient_PT = permutation_matrices(n).to(mix_TM).flatten(1) @ d_res_TNN.flatten(1).T
+            mixture = _mixture(spec, mix_TM)
+            weights_PT = mixture.weights(logits_MT[2 * n :])
+            gradient_PT = mixture.matrices_PD @ d_res_TNN.flatten(1).T
             gradient_PT *= weights_PT
-            d_logits_MT[2 * n :] = gradient_PT - weights_PT * gradient_PT.sum(0)
+            gradient_PT -= weights_PT * gradient_PT.sum(0)
+            d_logits_MT[2 * n :] = (
+                gradient_PT if mixture.signs_PK is None else mixture.signs_PK.T @ gradient_PT
+            )
         case Mixing.IDENTITY:
             pass
     per_coefficient_M = (d_logits_MT * mix_TM.T).sum(1)
@@ -85,6 +90,32 @@ def coefficients_backward(
         d_alpha_3,
         d_logits_MT.sum(1),
     )
+
+
+class _Mixture(NamedTuple):
+    """H_res = sum_p softmax(signs logits)_p matrices_p; without signs the logits are the mixture's own."""
+
+    matrices_PD: Tensor
+    signs_PK: Tensor | None
+
+    def weights(self, logits_KT: Tensor) -> Tensor:
+        return (logits_KT if self.signs_PK is None else self.signs_PK @ logits_KT).softmax(0)
+
+
+def _mixture(spec: ConnectionSpec, like: Tensor) -> _Mixture:
+    """A Kronecker product of 2x2 factors is a mixture too: of the n permutations i -> i ^ p.
+
+    Factor k stays or swaps by bit k of p, with shares sigmoid(+-logit): log weight_p is sum_k +-logit_k / 2
+    up to a constant.
+    """
+    n = spec.num_streams
+    if spec.mixing is Mixing.PERMUTATIONS:
+        return _Mixture(permutation_matrices(n).to(like).flatten(1), None)
+    index_N = torch.arange(n, device=like.device)
+    matrices_PNN = (index_N[:, None] ^ index_N == index_N[:, None, None]).to(like)
+    high_to_low_K = torch.arange(spec.num_res_coefficients - 1, -1, -1, device=like.device)
+    signs_PK = 0.5 - ((index_N[:, None] >> high_to_low_K) & 1).to(like)
+    return _Mixture(matrices_PNN.flatten(1), signs_PK)
 
 
 class RoutedPreGradient(NamedTuple):
