@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any
 
 import torch.distributed as dist
-from torch.distributed import checkpoint as dcp
 from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.state_dict_loader import load as load_fragments
 
 from mhc_dist.checkpoint.folder import (
     DAMAGED,
@@ -56,8 +56,8 @@ def choose(request: str, run_folder: Path, group: dist.ProcessGroup) -> Chosen |
     if passed_over:
         told = "; ".join(why for _, why in passed_over)
         raise CheckpointError(
-            f"no checkpoint of {run_folder} can be used: {told}. Name another one with --resume, or start anew"
-            " without it."
+            f"no checkpoint to resume from can be used: {told}. Name another one with --resume, or start"
+            " anew without it."
         )
     return None
 
@@ -67,7 +67,7 @@ def load(chosen: Chosen, state: RankState, group: dist.ProcessGroup) -> None:
     topology, progress = chosen.manifest.topology, chosen.manifest.progress
     fragments = state.to_load(topology.pipeline * topology.data)
     try:
-        dcp.load(
+        load_fragments(
             fragments,
             storage_reader=FolderReader(chosen.folder, read_index(chosen.folder)),
             planner=FragmentLoadPlanner(),

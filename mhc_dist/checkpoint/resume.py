@@ -67,8 +67,8 @@ def check_same_run(manifest: Manifest, config: RunConfig, corpus: str, folder: P
         )
     if manifest.corpus != corpus:
         raise CheckpointError(
-            f"{folder} was saved while training on other tokens (fingerprint {manifest.corpus}, now {corpus}):"
-            " its position in them means nothing here. Bring back that corpus (data.corpus,"
+            f"{folder} was saved while training on other tokens (fingerprint {manifest.corpus}, now"
+            f" {corpus}): its position in them means nothing here. Bring back that corpus (data.corpus,"
             " data.validation_fraction), or start a new run under another train.name."
         )
 
@@ -84,7 +84,7 @@ def changes(manifest: Manifest, config: RunConfig) -> list[str]:
 
 
 def differences(saved: dict[str, Any], config: RunConfig) -> Iterator[tuple[str, Any, Any]]:
-    """(`section.key`, saved, now) of everything that differs; a key the saved run did not know is not named."""
+    """(`section.key`, saved, now) of what differs; keys that the saved run did not know are not named."""
     now = config.model_dump(mode="json")
     for section, values in saved.items():
         for key, old in values.items():

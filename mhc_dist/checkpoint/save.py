@@ -6,7 +6,6 @@ import hashlib
 import json
 import shutil
 import time
-from collections.abc import Callable
 from concurrent.futures import Future
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -15,9 +14,9 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import torch.distributed as dist
-from torch.distributed import checkpoint as dcp
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.staging import AsyncStager
+from torch.distributed.checkpoint.state_dict_saver import async_save, save
 
 from mhc_dist.checkpoint.folder import UNCOMMITTED, committed, retire, step_folder, to_delete
 from mhc_dist.checkpoint.manifest import CheckpointError, FileFacts, Manifest, Progress, TopologyFacts
@@ -88,7 +87,7 @@ class Saver:
         self._report_action(f"writing the checkpoint of step {progress.step}", may_take_seconds=limit)
         began, failure = time.perf_counter(), None
         try:
-            dcp.save(
+            save(
                 self._state.to_save(),
                 storage_writer=self._writer(progress, learning_rate),
                 planner=FragmentSavePlanner(),
@@ -105,7 +104,7 @@ class Saver:
         limit = self._config.checkpoint.timeout_seconds
         self._report_action(f"copying the state of step {progress.step}", may_take_seconds=limit)
         began = time.perf_counter()
-        future = dcp.async_save(
+        future = async_save(
             {},  # the stager knows where the state is
             storage_writer=self._writer(progress, learning_rate),
             planner=FragmentSavePlanner(),
@@ -126,10 +125,8 @@ class Saver:
         under_way = self._under_way
         if under_way is None:
             return None
-        if not under_way.future.done():
-            if time.perf_counter() - under_way.began <= self._config.checkpoint.timeout_seconds:
-                return None
-        return self.wait()
+        overdue = time.perf_counter() - under_way.began > self._config.checkpoint.timeout_seconds
+        return self.wait() if overdue or under_way.future.done() else None
 
     def wait(self) -> SaveOutcome | None:
         """Wait for the save under way, if there is one."""
@@ -217,8 +214,14 @@ class _HostStager(AsyncStager):
     def __init__(self, state: RankState) -> None:
         self._state = state
 
-    def stage(self, state_dict: dict[str, Any]) -> Fragments:  # type: ignore[override]
+    def stage(self, state_dict: dict[str, Any]) -> Fragments:
         return self._state.staged()
+
+    def synchronize_staging(self) -> None:
+        """`stage` returns when the copy is complete."""
+
+    def close(self) -> None:
+        """The copy's memory is kept for the next save."""
 
 
 def config_sha256(resolved: dict[str, Any]) -> str:

@@ -68,10 +68,18 @@ class FolderWriter(StorageWriter):
     """Writes one checkpoint to `folder`, which appears when everything is there.
 
     describe: the manifest, given size and checksum of all other files; called on rank 0.
+    after_commit: called on rank 0 once the checkpoint is there.
     """
 
-    def __init__(self, folder: Path, rank: int, describe: Callable[[dict[str, FileFacts]], Manifest]) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        rank: int,
+        describe: Callable[[dict[str, FileFacts]], Manifest],
+        after_commit: Callable[[], None] | None = None,
+    ) -> None:
         self._folder, self._rank, self._describe = folder, rank, describe
+        self._after_commit = after_commit
         self._unfinished = folder.with_name(folder.name + UNCOMMITTED)
 
     def reset(self, checkpoint_id: str | os.PathLike[str] | None = None) -> None:
