@@ -18,8 +18,9 @@ from mhc_dist.guard.exit_codes import ExitCode
 from mhc_launcher.commands_bench import bench_app
 from mhc_launcher.commands_data import data_app
 from mhc_launcher.commands_export import PASS_ON, export_command, generate_command
-from mhc_launcher.commands_observe import top_command
+from mhc_launcher.commands_observe import compare_command, report_command, top_command
 from mhc_launcher.commands_schedule import plan_command, schedule_command
+from mhc_launcher.start_options import Launcher, StartOptions, checked
 
 app = typer.Typer(
     help="Train Manifold-Constrained Hyper-Connection mixture-of-experts models.",
@@ -69,19 +70,62 @@ def params(
 def train(
     path: ConfigPath,
     overrides: Overrides = None,
+    hostfile: Annotated[
+        Path | None, typer.Option(help="Nodes of the run, one `host slots=4` a line; started over ssh.")
+    ] = None,
+    launcher: Annotated[
+        Launcher | None,
+        typer.Option(help="Who starts processes; none: this process is a rank already (srun, mpirun)."),
+    ] = None,
+    no_ssh: Annotated[
+        bool, typer.Option("--no-ssh", help="Start this node's processes only; run the same on every node.")
+    ] = False,
+    node_rank: Annotated[
+        int | None, typer.Option(help="With --no-ssh: this node's line in the hostfile, from 0.")
+    ] = None,
+    master_addr: Annotated[
+        str | None, typer.Option(help="Address of the first node; by default its name in the hostfile.")
+    ] = None,
     master_port: Annotated[
         int | None, typer.Option(help="Port on which the processes meet; by default a free one.")
     ] = None,
+    interface: Annotated[
+        str | None,
+        typer.Option(help="Network interface between nodes; by default the way to the first."),
+    ] = None,
+    ssh_port: Annotated[int | None, typer.Option(help="Port of ssh on all nodes.")] = None,
+    launcher_args: Annotated[
+        str, typer.Option(help="Further arguments of pdsh, mpirun or srun, in one string.")
+    ] = "",
 ) -> None:
-    """Train on this host. The last line of output is a JSON summary."""
-    from mhc_launcher.local import train_here
+    """Train on this host, or on the nodes of --hostfile. The last line of output is a JSON summary."""
+    options = checked(
+        StartOptions(
+            hostfile,
+            launcher,
+            no_ssh,
+            node_rank,
+            master_addr,
+            master_port,
+            interface,
+            ssh_port,
+            launcher_args,
+        )
+    )
+    if options.on_this_host_only:
+        from mhc_launcher.local import train_here
 
-    raise typer.Exit(train_here(_load(path, overrides), master_port))
+        raise typer.Exit(train_here(_load(path, overrides), options.master_port))
+    from mhc_launcher.nodes import train_on_nodes
+
+    raise typer.Exit(train_on_nodes(_load(path, overrides), options))
 
 
 app.command("schedule")(schedule_command)
 app.command("plan")(plan_command)
 app.command("top")(top_command)
+app.command("report")(report_command)
+app.command("compare")(compare_command)
 app.command("export", context_settings=PASS_ON)(export_command)
 app.command("generate", context_settings=PASS_ON)(generate_command)
 

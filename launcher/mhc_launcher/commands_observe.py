@@ -1,4 +1,4 @@
-"""`mhc-dist top`: what a run does, for a person."""
+"""`mhc-dist top`, `report` and `compare`: what runs do and did, for a person."""
 
 from __future__ import annotations
 
@@ -32,3 +32,39 @@ def top_command(
         Console().print(table(run, targets, ask(targets)))
     else:
         watch(run, interval, Console())
+
+
+def report_command(
+    run: RunFolder,
+    open_page: Annotated[bool, typer.Option("--open", help="Show it in the browser.")] = False,
+) -> None:
+    """Write one page about a run: loss, gains, where the time went, one step's timeline, configuration."""
+    from mhc_dist.observe.report.build import write_report
+
+    path = write_report(run)
+    typer.echo(str(path))
+    if open_page:
+        typer.launch(str(path))
+
+
+def compare_command(
+    runs: Annotated[list[Path], typer.Argument(metavar="RUN...", help="Two or more folders of runs.")],
+    output: Annotated[Path, typer.Option(help="The page to write.")] = Path("comparison.html"),
+    open_page: Annotated[bool, typer.Option("--open", help="Show it in the browser.")] = False,
+) -> None:
+    """Put runs side by side: curves, figures, and what their configurations differ in."""
+    from rich.console import Console
+    from rich.table import Table
+
+    from mhc_dist.observe.report.build import write_comparison
+
+    figures = write_comparison(runs, output)
+    table = Table()
+    for index, name in enumerate(figures.head):
+        table.add_column(name, justify="right" if index else "left")
+    for row in figures.rows:
+        table.add_row(*row)
+    Console().print(table)
+    typer.echo(str(output))
+    if open_page:
+        typer.launch(str(output))
