@@ -140,4 +140,4 @@ def plan_command(
         planned = build(config, machine, found.best[0].layout)
         _draw(Shown(planned.program, planned.simulation, "second"), png, html, trace)
     if as_json:
-        typer.echo(json.dumps(plan_json(found, cost)))
+        typer.echo(json.dumps(plan_json(config, found, cost)))

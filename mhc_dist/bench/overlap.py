@@ -46,9 +46,9 @@ from mhc_dist.pipeline.place import Placement
 from mhc_dist.pipeline.trace import Trace
 from mhc_dist.pipeline.validate import validate
 from mhc_dist.plan.cluster import load_cluster
-from mhc_dist.plan.layout import own_shapes
+from mhc_dist.plan.layout import own_shapes, schedule_of
 from mhc_dist.plan.machine import Machine
-from mhc_dist.plan.run_costs import placed_program, run_costs, schedule_of
+from mhc_dist.plan.run_costs import placed_program, run_costs
 from mhc_dist.topology import Topology
 
 DEFAULT_CONFIG = Path(__file__).resolve().parents[2] / "configs" / "bench.yaml"
@@ -89,7 +89,7 @@ def measure(rank: int, store: str, config: RunConfig, ratio: float, rounds: int,
     exchange = ExpertExchange(
         config.model.num_experts, topology.expert, groups.expert_forward, groups.expert_backward
     )
-    shapes = {mode: own_shapes(_with(config, mode), 2) for mode in ("none", "mhc")}
+    shapes = {mode: own_shapes(_with(config, mode)) for mode in ("none", "mhc")}
     stages = {
         mode: Stage(
             _with(config, mode),

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 from mhc_dist.config import RunConfig
 from mhc_dist.parallel.partition import partition
@@ -29,12 +31,17 @@ class ChunkPlace:
     is_last: bool
 
 
-def chunk_places(config: RunConfig, num_chunks: int) -> tuple[ChunkPlace, ...]:
-    """The chunks of a run in model order, balanced by cost."""
-    bounds = partition(config, num_chunks)
+def chunk_places(config: RunConfig, chunk_rank: Sequence[int]) -> tuple[ChunkPlace, ...]:
+    """The chunks of a run in model order; chunk c is on pipeline rank `chunk_rank[c]`."""
+    return places_between(partition(config, chunk_rank))
+
+
+def places_between(bounds: Sequence[int]) -> tuple[ChunkPlace, ...]:
+    """Chunk i holds layers bounds[i] .. bounds[i+1]-1."""
+    last = len(bounds) - 2
     return tuple(
-        ChunkPlace(index, bounds[index], bounds[index + 1], index == 0, index == num_chunks - 1)
-        for index in range(num_chunks)
+        ChunkPlace(index, first, end, index == 0, index == last)
+        for index, (first, end) in enumerate(pairwise(bounds))
     )
 
 

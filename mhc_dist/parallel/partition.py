@@ -1,7 +1,8 @@
 """Which layers each chunk gets: contiguous, balanced by cost. Imports no torch.
 
-The steps of a pipeline wait for its slowest chunk, so the largest chunk cost is made as small as possible;
-among equals, the sum of squares, which spreads what is left evenly.
+The steps of a pipeline wait for its slowest rank. With several chunks per rank, equal chunks can still make
+unequal ranks: in a V, the rank that holds the first chunk also holds the last, with the output head. So the
+costliest rank is made as cheap as possible, then the costliest chunk.
 """
 
 from __future__ import annotations
@@ -11,12 +12,14 @@ from itertools import accumulate
 
 from mhc_dist.config import RunConfig
 from mhc_dist.model.flops import head_flops_per_token, layer_flops_per_token
+from mhc_dist.pipeline.balance import balance_ranks
 
 
 def split_layers(
     costs: Sequence[float], num_chunks: int, first_extra: float = 0.0, last_extra: float = 0.0
 ) -> list[int]:
-    """Boundaries b of the best split: chunk i holds layers b[i] .. b[i+1]-1, every chunk at least one.
+    """Boundaries b of the split whose largest chunk is smallest, then whose sum of squares is: chunk i holds
+    layers b[i] .. b[i+1]-1, every chunk at least one.
 
     `first_extra` and `last_extra` are the costs of what the first and last chunk hold beside layers.
 
@@ -51,7 +54,14 @@ def split_layers(
     return best[num_layers][2]
 
 
-def partition(config: RunConfig, num_chunks: int) -> list[int]:
-    """Chunk boundaries of a run. Costs are forward operations; the head counts, the embedding look-up not."""
+def partition(config: RunConfig, chunk_rank: Sequence[int]) -> list[int]:
+    """Chunk boundaries of a run whose chunk c is on rank `chunk_rank[c]`: `schedule.boundaries`, or balanced.
+
+    Costs are forward operations; the head counts, the embedding look-up not.
+    """
+    if config.schedule.boundaries != "auto":
+        return [0, *config.schedule.boundaries, config.model.num_layers]
     costs = [float(layer_flops_per_token(config, layer)) for layer in range(config.model.num_layers)]
-    return split_layers(costs, num_chunks, last_extra=float(head_flops_per_token(config)))
+    head = float(head_flops_per_token(config))
+    even = split_layers(costs, len(chunk_rank), last_extra=head)
+    return balance_ranks(costs, chunk_rank, even, last_extra=head)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import lru_cache
 
 from mhc_dist.config import RunConfig
 from mhc_dist.model.flops import model_flops_per_token
@@ -11,12 +10,11 @@ from mhc_dist.pipeline.action import Program
 from mhc_dist.pipeline.cost import CostTable
 from mhc_dist.pipeline.place import Placement, place_and_simulate
 from mhc_dist.pipeline.schedules.coarse import CoarseSchedule
-from mhc_dist.pipeline.schedules.registry import make_schedule
 from mhc_dist.pipeline.simulate import Simulation
 from mhc_dist.pipeline.summary import Summary, summarize
 from mhc_dist.plan.charge import Charge
 from mhc_dist.plan.costs import CostModel
-from mhc_dist.plan.layout import Layout, planned_shapes
+from mhc_dist.plan.layout import Layout, cached_schedule, model_ranks, planned_shapes, sized
 from mhc_dist.plan.machine import Machine
 from mhc_dist.plan.static_memory import StaticBytes, static_by_rank
 
@@ -53,16 +51,11 @@ class Planned:
     static: list[StaticBytes]
 
 
-@lru_cache(maxsize=512)
-def cached_schedule(name: str, num_ranks: int, num_microbatches: int) -> CoarseSchedule:
-    return make_schedule(name, num_ranks, num_microbatches)
-
-
 def build(config: RunConfig, machine: Machine, layout: Layout, charge: Charge | None = None) -> Planned:
     """Place and simulate one step of `layout`."""
     schedule = cached_schedule(layout.schedule, layout.pipeline, layout.num_microbatches)
-    num_chunks = len(schedule.chunk_rank) // schedule.num_copies
-    shapes = planned_shapes(config, num_chunks, layout)
+    config = sized(config, layout)
+    shapes = planned_shapes(config, model_ranks(schedule), layout)
     costs = CostModel(config, machine).table(layout, shapes, schedule.chunk_rank, charge)
     placement = Placement(memory_budget=machine.memory_budget)
     program, simulation = place_and_simulate(schedule, shapes.chunks, costs, placement)
@@ -73,6 +66,7 @@ def build(config: RunConfig, machine: Machine, layout: Layout, charge: Charge | 
 def evaluate(config: RunConfig, machine: Machine, layout: Layout, charge: Charge | None = None) -> Evaluation:
     """Figures of one step of `layout`."""
     planned = build(config, machine, layout, charge)
+    config = sized(config, layout)
     summary = summarize(planned.simulation)
     tokens = (
         layout.data

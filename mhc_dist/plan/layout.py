@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
-from itertools import pairwise
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache
 
 from mhc_dist.config import RunConfig
 from mhc_dist.config_sections import RecomputeConfig, ResidualKind
-from mhc_dist.model.flops import head_flops_per_token, layer_flops_per_token
-from mhc_dist.parallel.layout import ChunkPlace, chunk_places, chunk_shape
-from mhc_dist.parallel.partition import partition
+from mhc_dist.parallel.layout import ChunkPlace, chunk_places, chunk_shape, places_between
 from mhc_dist.parallel.recompute import drop_everything, drop_streams
 from mhc_dist.pipeline.action import ChunkShape
-from mhc_dist.pipeline.balance import balance_ranks
+from mhc_dist.pipeline.schedules.coarse import CoarseSchedule
+from mhc_dist.pipeline.schedules.registry import make_schedule
 
 
 @dataclass(frozen=True, slots=True)
@@ -20,6 +20,7 @@ class Layout:
     """recompute_block: sublayers per block whose streams are regenerated; None keeps them.
     recompute_everything: phases keep their inputs only, and run again before their backward.
     boundaries: first layer of every chunk, then the number of layers; None cuts as the run itself does.
+    sequences: per microbatch; None is the run's own number.
     """
 
     schedule: str
@@ -30,6 +31,7 @@ class Layout:
     recompute_block: int | None = None
     recompute_everything: bool = False
     boundaries: tuple[int, ...] | None = None
+    sequences: int | None = None
 
     @property
     def num_devices(self) -> int:
@@ -46,10 +48,38 @@ class Layout:
         block = {"-": "no recompute", "full": "full recompute"}.get(
             self.recompute_text, f"recompute in blocks of {self.recompute_text}"
         )
+        size = "" if self.sequences is None else f" of {self.sequences}"
         return (
             f"{self.schedule} pipeline={self.pipeline} data={self.data} expert={self.expert}"
-            f" microbatches={self.num_microbatches}, {block}"
+            f" microbatches={self.num_microbatches}{size}, {block}"
         )
+
+    def settings(self, config: RunConfig) -> list[str]:
+        """What turns `config` into a run of this layout: arguments of `--set`."""
+        blocks = {True: ("full", "auto"), False: ("none", "auto")}[self.recompute_everything]
+        if self.recompute_block is not None:
+            blocks = ("mhc", str(self.recompute_block))
+        settings = [
+            f"schedule.name={self.schedule}",
+            f"parallel.pipeline={self.pipeline}",
+            f"parallel.data={self.data}",
+            f"parallel.expert={self.expert}",
+            f"schedule.num_microbatches={self.num_microbatches}",
+            f"data.sequences_per_microbatch={self.sequences or config.data.sequences_per_microbatch}",
+            f"recompute.mode={blocks[0]}",
+            f"recompute.block={blocks[1]}",
+        ]
+        if self.boundaries is not None:
+            settings.append(f"schedule.boundaries=[{','.join(map(str, self.boundaries[1:-1]))}]")
+        return settings
+
+
+def sized(config: RunConfig, layout: Layout) -> RunConfig:
+    """`config` with the layout's microbatches."""
+    if layout.sequences is None or layout.sequences == config.data.sequences_per_microbatch:
+        return config
+    data = config.data.model_copy(update={"sequences_per_microbatch": layout.sequences})
+    return config.model_copy(update={"data": data})
 
 
 @dataclass(frozen=True)
@@ -60,14 +90,13 @@ class Shapes:
     chunks: tuple[ChunkShape, ...]
 
 
-def planned_shapes(config: RunConfig, num_chunks: int, layout: Layout) -> Shapes:
-    """The run's chunks with what `layout` recomputes, whatever the run's own recompute section says."""
-    places = chunk_places(config, num_chunks)
-    if layout.boundaries is not None:
-        places = tuple(
-            replace(place, first_layer=first, last_layer=last)
-            for place, (first, last) in zip(places, pairwise(layout.boundaries), strict=True)
-        )
+def planned_shapes(config: RunConfig, chunk_rank: Sequence[int], layout: Layout) -> Shapes:
+    """The run's chunks with the boundaries of `layout` and what it recomputes, whatever the run's own
+    recompute section says.
+    """
+    places = (
+        chunk_places(config, chunk_rank) if layout.boundaries is None else places_between(layout.boundaries)
+    )
     kept = config.model_copy(update={"recompute": RecomputeConfig(mode="none")})
     chunks = []
     for place in places:
@@ -80,20 +109,22 @@ def planned_shapes(config: RunConfig, num_chunks: int, layout: Layout) -> Shapes
     return Shapes(places, tuple(chunks))
 
 
-def balanced_boundaries(config: RunConfig, chunk_rank: tuple[int, ...]) -> tuple[int, ...]:
-    """Cuts that give every rank, not only every chunk, its share of the forward operations."""
-    num_layers = config.model.num_layers
-    return tuple(
-        balance_ranks(
-            [float(layer_flops_per_token(config, layer)) for layer in range(num_layers)],
-            chunk_rank,
-            partition(config, len(chunk_rank)),
-            last_extra=float(head_flops_per_token(config)),
-        )
-    )
-
-
-def own_shapes(config: RunConfig, num_chunks: int) -> Shapes:
+def own_shapes(config: RunConfig) -> Shapes:
     """The run's chunks exactly as its configuration has them: what the executor runs."""
-    places = chunk_places(config, num_chunks)
+    places = chunk_places(config, model_ranks(schedule_of(config)))
     return Shapes(places, tuple(chunk_shape(config, place) for place in places))
+
+
+def schedule_of(config: RunConfig) -> CoarseSchedule:
+    """The run's own schedule."""
+    return cached_schedule(config.schedule.name, config.parallel.pipeline, config.schedule.num_microbatches)
+
+
+def model_ranks(schedule: CoarseSchedule) -> tuple[int, ...]:
+    """The rank of every chunk of the (first copy of the) model."""
+    return schedule.chunk_rank[: len(schedule.chunk_rank) // schedule.num_copies]
+
+
+@lru_cache(maxsize=512)
+def cached_schedule(name: str, num_ranks: int, num_microbatches: int) -> CoarseSchedule:
+    return make_schedule(name, num_ranks, num_microbatches)

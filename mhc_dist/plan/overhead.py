@@ -47,7 +47,7 @@ def overhead(config: RunConfig, machine: Machine, num_devices: int, chosen: Eval
     plain_config = plain_residual(config)
     layout = chosen.layout
     in_layout = evaluate(plain_config, machine, same_layout(layout))
-    searched = search(plain_config, machine, num_devices, try_boundaries=False).best[0]
+    searched = search(plain_config, machine, num_devices).best[0]
     best_plain = min(searched, in_layout, key=lambda e: e.step_seconds)
     steps = [
         in_layout.step_seconds,

@@ -16,6 +16,7 @@ HEADINGS = (
     "data",
     "expert",
     "micro",
+    "x seq",
     "recompute",
     "step s",
     "tokens/s",
@@ -53,6 +54,7 @@ def _row(evaluation: Evaluation) -> tuple[str, ...]:
         str(layout.data),
         str(layout.expert),
         str(layout.num_microbatches),
+        "" if layout.sequences is None else str(layout.sequences),
         layout.recompute_text,
         f"{evaluation.step_seconds:.4g}",
         f"{evaluation.tokens_per_second:.4g}",
@@ -64,17 +66,9 @@ def _row(evaluation: Evaluation) -> tuple[str, ...]:
     )
 
 
-def boundaries_text(found: Search) -> str:
-    """What other chunk boundaries would bring."""
-    if not found.rebalanced:
-        return "chunk boundaries: the run's own are the best found"
-    best, other = found.best[0], found.rebalanced[0]
-    cuts = " ".join(map(str, other.layout.boundaries or ()))
-    change = other.step_seconds / best.step_seconds - 1.0
-    return (
-        f"chunk boundaries balanced by rank, {cuts}: {other.layout} would take"
-        f" {other.step_seconds:.4g} s, {change:+.1%} against the best above"
-    )
+def settings_text(config: RunConfig, best: Evaluation) -> str:
+    """How to run the best layout, chunk boundaries included."""
+    return "to run the first: " + " ".join(f"--set {setting}" for setting in best.layout.settings(config))
 
 
 def memory_text(best: Evaluation) -> str:
@@ -116,7 +110,7 @@ def plan_text(
         f" {found.num_fitting} may fit {machine.memory_budget / 1e9:.1f} GB, {len(found.best)} simulated",
         table(found.best[:rows]),
         memory_text(found.best[0]),
-        boundaries_text(found),
+        settings_text(config, found.best[0]),
         overhead_text(config, overhead),
         "assumptions:\n" + "\n".join(f"  {line}" for line in ASSUMPTIONS),
         "constants:\n" + "\n".join(f"  {name} = {c.value:g}: {c.source}" for name, c in cluster.constants()),
@@ -124,27 +118,18 @@ def plan_text(
     return "\n\n".join(parts)
 
 
-def plan_json(found: Search, overhead: Overhead) -> dict[str, object]:
+def plan_json(config: RunConfig, found: Search, overhead: Overhead) -> dict[str, object]:
     """The best layout under the names others rely on."""
     best = found.best[0]
     layout, summary = best.layout, best.summary
-    rebalanced = None
-    if found.rebalanced:
-        other = found.rebalanced[0]
-        rebalanced = {
-            "schedule": other.layout.schedule,
-            "pipeline": other.layout.pipeline,
-            "expert": other.layout.expert,
-            "data": other.layout.data,
-            "boundaries": other.layout.boundaries,
-            "step_seconds": other.step_seconds,
-        }
     return {
         "schedule": layout.schedule,
         "pipeline": layout.pipeline,
         "expert": layout.expert,
         "data": layout.data,
         "num_microbatches": layout.num_microbatches,
+        "sequences_per_microbatch": layout.sequences or config.data.sequences_per_microbatch,
+        "boundaries": layout.boundaries,
         "recompute_block": layout.recompute_block,
         "recompute_everything": layout.recompute_everything,
         "step_seconds": best.step_seconds,
@@ -158,5 +143,5 @@ def plan_json(found: Search, overhead: Overhead) -> dict[str, object]:
         "overhead_ratio": overhead.ratio,
         "overhead_ratio_same_layout": overhead.ratio_in_same_layout,
         "overhead_breakdown": overhead.breakdown,
-        "rebalanced": rebalanced,
+        "settings": layout.settings(config),
     }

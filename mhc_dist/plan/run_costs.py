@@ -10,12 +10,10 @@ from mhc_dist.pipeline.calibrate import calibrate
 from mhc_dist.pipeline.cost import CostTable
 from mhc_dist.pipeline.perfetto import read_events
 from mhc_dist.pipeline.place import Placement, place
-from mhc_dist.pipeline.schedules.coarse import CoarseSchedule
 from mhc_dist.pipeline.validate import validate
 from mhc_dist.plan.calibration import Calibration, compare
 from mhc_dist.plan.costs import CostModel
-from mhc_dist.plan.evaluate import cached_schedule
-from mhc_dist.plan.layout import Layout, own_shapes
+from mhc_dist.plan.layout import Layout, own_shapes, schedule_of
 from mhc_dist.plan.machine import Machine
 
 
@@ -35,12 +33,8 @@ def layout_of(config: RunConfig) -> Layout:
 def run_costs(config: RunConfig, machine: Machine) -> CostTable:
     """Predicted costs of the run's own chunks."""
     schedule = schedule_of(config)
-    shapes = own_shapes(config, len(schedule.chunk_rank) // schedule.num_copies)
+    shapes = own_shapes(config)
     return CostModel(config, machine).table(layout_of(config), shapes, schedule.chunk_rank)
-
-
-def schedule_of(config: RunConfig) -> CoarseSchedule:
-    return cached_schedule(config.schedule.name, config.parallel.pipeline, config.schedule.num_microbatches)
 
 
 def placed_program(
@@ -51,7 +45,7 @@ def placed_program(
     Deterministic: every process that calls it with the same arguments gets the same program.
     """
     schedule = schedule_of(config)
-    shapes = own_shapes(config, len(schedule.chunk_rank) // schedule.num_copies)
+    shapes = own_shapes(config)
     program = place(schedule, shapes.chunks, costs or run_costs(config, machine), placement)
     validate(program)
     return program

@@ -10,9 +10,9 @@ from mhc_dist.pipeline.action import Program
 from mhc_dist.pipeline.lower import lower, lower_evaluation
 from mhc_dist.pipeline.validate import validate
 from mhc_dist.plan.cluster import load_cluster
-from mhc_dist.plan.layout import own_shapes
+from mhc_dist.plan.layout import own_shapes, schedule_of
 from mhc_dist.plan.machine import Machine
-from mhc_dist.plan.run_costs import placed_program, schedule_of
+from mhc_dist.plan.run_costs import placed_program
 
 
 class RunPrograms(NamedTuple):
@@ -33,7 +33,7 @@ def plan_run(config: RunConfig) -> RunPrograms:
     Raises ValueError for what a schedule cannot do and for a cluster file that cannot be read.
     """
     schedule = schedule_of(config)
-    shapes = own_shapes(config, len(schedule.chunk_rank))
+    shapes = own_shapes(config)
     if config.schedule.cluster is None:
         training = lower(schedule, shapes.chunks)
         validate(training)

@@ -8,22 +8,26 @@ from functools import lru_cache
 
 from mhc_dist.config import RunConfig
 from mhc_dist.config_sections import ResidualKind
-from mhc_dist.parallel.partition import partition
 from mhc_dist.parallel.recompute import best_block
+from mhc_dist.pipeline.cost import CostTable
 from mhc_dist.pipeline.schedules.coarse import CoarseSchedule
 from mhc_dist.pipeline.schedules.registry import SCHEDULES, SIMULATED_ONLY
 from mhc_dist.pipeline.unit_costs import peak_live
+from mhc_dist.plan.boundaries import best_boundaries
 from mhc_dist.plan.costs import CostModel
-from mhc_dist.plan.evaluate import Evaluation, cached_schedule, evaluate
-from mhc_dist.plan.layout import Layout, Shapes, balanced_boundaries, planned_shapes
+from mhc_dist.plan.evaluate import Evaluation, evaluate
+from mhc_dist.plan.layout import Layout, cached_schedule, model_ranks, planned_shapes, sized
 from mhc_dist.plan.machine import Machine
 
 NUM_SIMULATED = 10
 """Layouts that are placed and simulated; the others are ruled out by their estimate. Every schedule gets at
 least one, so that none is judged by a guess alone."""
 
-NUM_REBALANCED = 4
+NUM_RECUT = 4
 """Of the best layouts, how many are simulated with other chunk boundaries too."""
+
+MOST_SEQUENCES = 8
+"""Largest microbatch that is tried, in sequences: beyond it pipelines only get longer bubbles."""
 
 PLANNED_SCHEDULES = tuple(sorted(SCHEDULES.keys() - SIMULATED_ONLY))
 
@@ -42,12 +46,9 @@ class Estimate:
 
 @dataclass(frozen=True)
 class Search:
-    """best: fastest first, all within memory. num_layouts: how many were possible at all.
-    rebalanced: what the best would take with boundaries balanced by rank, where that differs; fastest first.
-    """
+    """best: fastest first, all within memory. num_layouts: how many were possible at all."""
 
     best: tuple[Evaluation, ...]
-    rebalanced: tuple[Evaluation, ...]
     num_layouts: int
     num_fitting: int
 
@@ -56,34 +57,36 @@ class NothingFitsError(ValueError):
     """No layout fits: says by how much, and the nearest that would."""
 
 
-def sequences_per_step(config: RunConfig) -> int:
-    """The global batch, which every layout of the run keeps."""
-    return config.parallel.data * config.schedule.num_microbatches * config.data.sequences_per_microbatch
-
-
 def possible_layouts(config: RunConfig, num_devices: int, schedules: tuple[str, ...]) -> Iterator[Layout]:
     """All layouts of `num_devices` that keep the global batch and that schedules and experts allow."""
-    batch, rows = sequences_per_step(config), config.data.sequences_per_microbatch
+    batch = config.sequences_per_step
     for pipeline in divisors(num_devices):
         data = num_devices // pipeline
-        if pipeline > config.model.num_layers or batch % (data * rows):
+        if pipeline > config.model.num_layers or batch % data:
             continue
-        num_microbatches = batch // (data * rows)
-        for name in schedules:
-            try:
-                schedule = cached_schedule(name, pipeline, num_microbatches)
-            except ValueError:
-                continue
-            num_chunks = len(schedule.chunk_rank) // schedule.num_copies
-            if num_chunks > config.model.num_layers:
-                continue
-            for expert in divisors(data):
-                if config.model.num_experts % expert == 0:
-                    plain = Layout(name, pipeline, expert, data, num_microbatches)
-                    yield plain
-                    yield replace(plain, recompute_everything=True)
-                    for block in recompute_blocks(config, num_chunks):
-                        yield replace(plain, recompute_block=block)
+        for sequences in microbatch_sizes(config, batch // data):
+            num_microbatches = batch // (data * sequences)
+            for name in schedules:
+                try:
+                    schedule = cached_schedule(name, pipeline, num_microbatches)
+                except ValueError:
+                    continue
+                num_chunks = len(model_ranks(schedule))
+                if num_chunks > config.model.num_layers:
+                    continue
+                for expert in divisors(data):
+                    if config.model.num_experts % expert == 0:
+                        plain = Layout(name, pipeline, expert, data, num_microbatches, sequences=sequences)
+                        yield plain
+                        yield replace(plain, recompute_everything=True)
+                        for block in recompute_blocks(config, num_chunks):
+                            yield replace(plain, recompute_block=block)
+
+
+def microbatch_sizes(config: RunConfig, sequences: int) -> list[int]:
+    """Ways to cut a data rank's share of the batch into equal microbatches."""
+    most = max(MOST_SEQUENCES, config.data.sequences_per_microbatch)
+    return [size for size in divisors(sequences) if size <= most]
 
 
 def recompute_blocks(config: RunConfig, num_chunks: int) -> list[int]:
@@ -105,8 +108,6 @@ def search(
     machine: Machine,
     num_devices: int,
     schedules: tuple[str, ...] = PLANNED_SCHEDULES,
-    *,
-    try_boundaries: bool = True,
 ) -> Search:
     """The fastest layouts that fit. ValueError if none is possible, NothingFitsError if none fits."""
     estimates = estimate_all(config, machine, num_devices, schedules)
@@ -120,25 +121,16 @@ def search(
         for group in promising(fitting)
         if (found := first_that_fits(config, machine, group)) is not None
     ]
-    best = sorted(evaluations, key=lambda e: (e.step_seconds, str(e.layout)))
-    if not best:
+    if not evaluations:
         raise NothingFitsError(nothing_fits(config, machine, num_devices, estimates, schedules))
-    rebalanced = rebalance(config, machine, best) if try_boundaries else ()
-    return Search(tuple(best), rebalanced, len(estimates), len(fitting))
+    best = sorted(evaluations, key=merit)
+    recut = [best_boundaries(config, machine, evaluation) for evaluation in best[:NUM_RECUT]]
+    return Search(tuple(sorted([*recut, *best[NUM_RECUT:]], key=merit)), len(estimates), len(fitting))
 
 
-def rebalance(config: RunConfig, machine: Machine, best: list[Evaluation]) -> tuple[Evaluation, ...]:
-    """The best few layouts with other chunk boundaries: fastest first, those within memory."""
-    found = []
-    for evaluation in best[:NUM_REBALANCED]:
-        layout = evaluation.layout
-        chunk_rank = cached_schedule(layout.schedule, layout.pipeline, layout.num_microbatches).chunk_rank
-        boundaries = balanced_boundaries(config, chunk_rank)
-        if boundaries != tuple(partition(config, len(chunk_rank))):
-            other = evaluate(config, machine, replace(layout, boundaries=boundaries))
-            if other.peak_bytes <= machine.memory_budget and other.step_seconds < evaluation.step_seconds:
-                found.append(other)
-    return tuple(sorted(found, key=lambda e: (e.step_seconds, str(e.layout))))
+def merit(evaluation: Evaluation) -> tuple[float, str]:
+    """Faster first; the name makes ties deterministic."""
+    return (evaluation.step_seconds, str(evaluation.layout))
 
 
 def promising(estimates: list[Estimate]) -> list[list[Estimate]]:
@@ -167,21 +159,21 @@ def estimate_all(
 ) -> list[Estimate]:
     """Estimates of all possible layouts."""
     model = CostModel(config, machine)
-    # Cutting the model is slow, and depends on little of the layout.
-    known: dict[tuple[int, int | None, bool], Shapes] = {}
+    models: dict[int | None, CostModel] = {}
+    known: dict[tuple[object, ...], CostTable] = {}
     estimates = []
     for layout in possible_layouts(config, num_devices, schedules):
-        num_chunks = num_chunks_of(layout)
-        key = (num_chunks, layout.recompute_block, layout.recompute_everything)
+        if layout.sequences not in models:
+            models[layout.sequences] = CostModel(sized(config, layout), machine)
+        model = models[layout.sequences]
+        ranks = model_ranks(cached_schedule(layout.schedule, layout.pipeline, layout.num_microbatches))
+        # Cutting the model and costing it is slow, and depends on little of the layout.
+        key = (ranks, replace(layout, schedule="", num_microbatches=1))
         if key not in known:
-            known[key] = planned_shapes(config, num_chunks, layout)
-        estimates.append(estimate(model, layout, known[key]))
+            shapes = planned_shapes(config, ranks, layout)
+            known[key] = model.table(layout, shapes, ranks)
+        estimates.append(estimate(layout, known[key]))
     return estimates
-
-
-def num_chunks_of(layout: Layout) -> int:
-    schedule = cached_schedule(layout.schedule, layout.pipeline, layout.num_microbatches)
-    return len(schedule.chunk_rank) // schedule.num_copies
 
 
 @lru_cache(maxsize=512)
@@ -189,10 +181,9 @@ def _peaks(schedule: CoarseSchedule) -> tuple[int, ...]:
     return tuple(peak_live(slots) for slots in schedule.ranks)
 
 
-def estimate(model: CostModel, layout: Layout, shapes: Shapes) -> Estimate:
+def estimate(layout: Layout, costs: CostTable) -> Estimate:
     """Work of the slowest rank, plus the schedule's published idle time, plus communication not hidden."""
     schedule = cached_schedule(layout.schedule, layout.pipeline, layout.num_microbatches)
-    costs = model.table(layout, shapes, schedule.chunk_rank)
     ranks = range(layout.pipeline)
     forward, inputs, weights, wire = ([0.0 for _ in ranks] for _ in range(4))
     kept, most_dropped = [0 for _ in ranks], [0 for _ in ranks]
@@ -228,13 +219,13 @@ def estimate(model: CostModel, layout: Layout, shapes: Shapes) -> Estimate:
 
 def impossible(config: RunConfig, num_devices: int) -> str:
     """Why no layout of `num_devices` keeps the batch."""
-    batch, rows = sequences_per_step(config), config.data.sequences_per_microbatch
+    batch = config.sequences_per_step
     pipelines = [d for d in divisors(num_devices) if d <= config.model.num_layers]
     tried = ", ".join(f"{num_devices // d} data x {d} pipeline" for d in pipelines)
-    workable = [n for n in range(1, 2 * num_devices + 1) if batch % (n * rows) == 0]
+    workable = [n for n in range(1, 2 * num_devices + 1) if batch % n == 0]
     nearest = min(workable, key=lambda n: (abs(n - num_devices), n))
     return (
-        f"{num_devices} devices cannot share a batch of {batch} sequences in whole microbatches of {rows}"
+        f"{num_devices} devices cannot share a batch of {batch} sequences equally"
         f" with {config.model.num_layers} layers (tried {tried}). Use --gpus {nearest}, or change"
         " schedule.num_microbatches or parallel.data."
     )

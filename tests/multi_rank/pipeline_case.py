@@ -56,14 +56,14 @@ class NoStep:
 
 def make_program(config: RunConfig) -> Program:
     schedule = make_schedule(config.schedule.name, config.parallel.pipeline, config.schedule.num_microbatches)
-    places = chunk_places(config, len(schedule.chunk_rank))
+    places = chunk_places(config, schedule.chunk_rank)
     program = lower(schedule, tuple(chunk_shape(config, place) for place in places))
     validate(program)
     return program
 
 
 def build_stage(config: RunConfig, program: Program, topology: Topology, groups: ProcessGroups) -> Stage:
-    places = chunk_places(config, len(program.chunk_rank))
+    places = chunk_places(config, program.chunk_rank)
     own = [place for place in places if program.chunk_rank[place.index] == topology.pipeline_rank]
     exchange = ExpertExchange(
         config.model.num_experts, topology.expert, groups.expert_forward, groups.expert_backward

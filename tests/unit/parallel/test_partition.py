@@ -49,7 +49,7 @@ def test_uneven_layers_are_spread() -> None:
 def test_a_heavy_head_takes_layers_from_the_last_chunk() -> None:
     """Oracle: a vocabulary that costs as much as several layers leaves the last chunk the fewest layers."""
     config = small_config(model={"vocab_size": 2000})
-    places = chunk_places(config, 4)
+    places = chunk_places(config, (0, 1, 2, 3))
     sizes = [place.last_layer - place.first_layer for place in places]
     assert sum(sizes) == 8
     assert sizes[-1] == min(sizes) < max(sizes)

@@ -14,8 +14,10 @@ from mhc_dist.model.flops import (
     attention_flops_per_token,
     feed_forward_flops_per_token,
     head_flops_per_token,
+    layer_flops_per_token,
     model_flops_per_token,
 )
+from mhc_dist.parallel.partition import partition, split_layers
 from mhc_dist.parallel.recompute import best_block
 from mhc_dist.pipeline.demonstration import Shown
 from mhc_dist.pipeline.lower import lower
@@ -23,16 +25,17 @@ from mhc_dist.pipeline.perfetto import write_perfetto
 from mhc_dist.pipeline.schedules.registry import make_schedule
 from mhc_dist.pipeline.simulate import Simulation
 from mhc_dist.pipeline.validate import validate
+from mhc_dist.plan.boundaries import best_boundaries
 from mhc_dist.plan.calibration import Calibration, compare
 from mhc_dist.plan.charge import Charge
 from mhc_dist.plan.cluster import load_cluster
 from mhc_dist.plan.costs import CostModel, plain_residual
 from mhc_dist.plan.evaluate import build, evaluate
-from mhc_dist.plan.layout import Layout, balanced_boundaries, own_shapes, planned_shapes
+from mhc_dist.plan.layout import Layout, own_shapes, planned_shapes, schedule_of
 from mhc_dist.plan.machine import Machine
 from mhc_dist.plan.overhead import overhead
 from mhc_dist.plan.report import plan_json, plan_text
-from mhc_dist.plan.run_costs import calibration_from_trace, run_costs, schedule_of
+from mhc_dist.plan.run_costs import calibration_from_trace, run_costs
 from mhc_dist.plan.search import NothingFitsError, Search, possible_layouts, search
 from mhc_dist.plan.static_memory import held_by_rank
 from mhc_dist.plan.work import (
@@ -102,7 +105,7 @@ def test_phases_cover_the_whole_model(config_name: str, name: str) -> None:
     )
     model = CostModel(config, Machine(machine.cluster.model_copy(update={"device": fast})))
     schedule = make_schedule(name, 4, 16)
-    shapes = planned_shapes(config, len(schedule.chunk_rank), LAYOUT)
+    shapes = planned_shapes(config, schedule.chunk_rank, LAYOUT)
     layout = Layout(name, 4, 1, 1, 16)
     costs = model.table(layout, shapes, schedule.chunk_rank, Charge(kernels=False))
     rate = 9.894e14 * device.matmul_efficiency.value
@@ -116,7 +119,7 @@ def test_static_memory_holds_every_parameter_once() -> None:
     """Oracle: the parameter count. With one expert group of one, ranks together hold the model."""
     config = config_of("paper_27b")
     schedule = make_schedule("dualpipev", 4, 8)
-    shapes = planned_shapes(config, 8, LAYOUT)
+    shapes = planned_shapes(config, schedule.chunk_rank, LAYOUT)
     held = held_by_rank(config, Layout("dualpipev", 4, 1, 1, 8), shapes, schedule.chunk_rank)
     assert sum(h.shared + h.experts for h in held) == pytest.approx(count_parameters(config).total)
 
@@ -141,7 +144,7 @@ def test_plan_of_the_27b_model_on_64_h800_nodes() -> None:
     assert cost.breakdown["kernels"] > 0
     assert cost.breakdown["p2p"] > 0
     assert all(e.step_seconds >= best.step_seconds for e in found.best)
-    content = plan_json(found, cost)
+    content = plan_json(config, found, cost)
     assert {
         "step_seconds", "overhead_ratio", "overhead_breakdown", "bubble_ratio", "exposed_all_to_all_ratio",
         "peak_memory_bytes", "schedule", "pipeline", "expert", "data", "recompute_block",
@@ -156,9 +159,18 @@ def test_boundaries_balanced_by_rank_shorten_an_uneven_v() -> None:
     config, machine = config_of("paper_27b"), machine_of("h800")
     layout = Layout("dualpipev", 8, 8, 64, 20)
     chunk_rank = make_schedule("dualpipev", 8, 20).chunk_rank
-    own = evaluate(config, machine, layout)
-    balanced = evaluate(config, machine, replace(layout, boundaries=balanced_boundaries(config, chunk_rank)))
-    assert balanced.step_seconds < 0.97 * own.step_seconds
+    head = float(head_flops_per_token(config))
+    layers = [float(layer_flops_per_token(config, k)) for k in range(config.model.num_layers)]
+    even = tuple(split_layers(layers, len(chunk_rank), last_extra=head))
+    by_chunk = evaluate(config, machine, replace(layout, boundaries=even))
+    by_rank = evaluate(config, machine, layout)
+    assert by_rank.step_seconds < 0.97 * by_chunk.step_seconds
+    searched = best_boundaries(config, machine, by_rank)
+    assert searched.step_seconds <= by_rank.step_seconds
+    assert searched.layout.boundaries is not None
+    settings = searched.layout.settings(config)
+    run = load_config(CONFIGS / "paper_27b.yaml", settings)
+    assert partition(run, chunk_rank) == list(searched.layout.boundaries)
 
 
 def test_planned_programs_are_safe() -> None:
@@ -190,7 +202,7 @@ def test_overhead_is_zero_without_hyper_connections(monkeypatch: pytest.MonkeyPa
     config = plain_residual(config_of("paper_27b"))
     machine = machine_of("h800")
     chosen = evaluate(config, machine, LAYOUT)
-    alone = Search((chosen,), (), 1, 1)
+    alone = Search((chosen,), 1, 1)
     monkeypatch.setattr("mhc_dist.plan.overhead.search", lambda *arguments, **options: alone)
     cost = overhead(config, machine, 512, chosen)
     assert cost.ratio == cost.ratio_in_same_layout == pytest.approx(0.0, abs=1e-12)
@@ -203,7 +215,7 @@ def test_layouts_keep_the_batch_and_divide_the_experts() -> None:
     layouts = list(possible_layouts(config, 512, ("1f1b", "dualpipev", "zbv")))
     assert layouts
     for layout in layouts:
-        assert layout.data * layout.num_microbatches == 1280
+        assert layout.data * layout.num_microbatches * layout.sequences == 1280
         assert layout.pipeline * layout.data == 512
         assert config.model.num_experts % layout.expert == 0
         assert layout.data % layout.expert == 0
@@ -267,7 +279,7 @@ def test_calibration_carries_a_slower_machine_to_other_layouts(tmp_path: Path) -
     costs = run_costs(config, machine)
     slower = Calibration(dict.fromkeys(compare(costs, costs).factors, 2.0)).apply(costs)
     schedule = schedule_of(config)
-    shapes = own_shapes(config, len(schedule.chunk_rank))
+    shapes = own_shapes(config)
     program = lower(schedule, shapes.chunks)
     write_perfetto(Shown(program, Simulation(program, slower), "second"), tmp_path / "trace.json")
     calibration = calibration_from_trace(config, machine, tmp_path / "trace.json")
