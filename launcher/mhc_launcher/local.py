@@ -56,10 +56,16 @@ def report(config: RunConfig, ended: Ended) -> int:
             _say(config, f"is complete, but its processes ended with exit code {code}")
         print(json.dumps(summary), flush=True)
         return 0
+    return tell_end(config, ended, run_folder.read_failure(config.folder))
+
+
+def tell_end(config: RunConfig, ended: Ended, failure: run_folder.Failure | None = None) -> int:
+    """Say how processes ended that did not complete their run; returns the exit code."""
+    code = shell_code(ended.exit_code)
     if ended.stopped_by is not None:
         _say(config, f"was stopped by {ended.stopped_by.name}")
         return code or 128 + ended.stopped_by
-    if failure := run_folder.read_failure(config.folder):
+    if failure is not None:
         _say(config, f"failed on rank {failure.rank}: {failure.message.rstrip('.')}")
         return failure.exit_code
     if code - 128 in set(signal.Signals):
