@@ -11,12 +11,13 @@ from typing import NamedTuple
 
 
 class Tile(NamedTuple):
-    """Tokens and channels of one program, and its warps. Row kernels take whole rows: channels is then the
-    width rounded up to a power of two."""
+    """Tokens and channels of one program, its warps, and how many iterations its loads run ahead (loops
+    only). Row kernels take whole rows: channels is then the width rounded up to a power of two."""
 
     tokens: int
     channels: int
     num_warps: int
+    num_stages: int = 2
 
 
 class TileSet(NamedTuple):
@@ -59,8 +60,15 @@ def tiles_for(architecture: str, num_streams: int, channels: int) -> TileSet:
         mix_pre=Tile(row_tokens, row, mix_warps),
         streams=Tile(8, 128, 4),
         backward_dots=Tile(1, row, row_warps),
-        backward_apply=Tile(16, 32, 2) if amd else Tile(16, 64 if num_streams <= 4 else 32, 8),
+        backward_apply=_backward_apply(architecture, num_streams),
         post_backward=Tile(16, 128, 8),
         project_splits=2,
         precision="ieee" if amd else "tf32",
     )
+
+
+def _backward_apply(architecture: str, num_streams: int) -> Tile:
+    """64 channels are the 64 rows that Hopper's and Blackwell's matrix units start from."""
+    if architecture.startswith("gfx"):
+        return Tile(16, 32, 2)
+    return Tile(32 if num_streams <= 4 else 16, 64, 8, num_stages=2 if architecture == "sm_90" else 1)

@@ -5,10 +5,19 @@
 
 Also the backward of `post` at a chunk's end (HAS_NEXT false: the incoming gradient is the total).
 
-Grid (C / BC, TOKEN_SPLITS). A program owns BC channels of all streams, so phi stays resident and dphi grows
-in registers while it walks its tokens. x' is recomputed from x and y, which are read anyway. Sums over
-channels (dres, dpost) are stored per channel block, sums over tokens (dphi, dgain) per token split; the
+Grid (C / BC, TOKEN_SPLITS). A program owns BC channels of all streams, so phi stays near and dphi grows in
+registers while it walks its tokens. x' is recomputed from x and y, which are read anyway. Sums over channels
+(dres, dpost) are stored per channel block, sums over tokens (dphi, dgain) per token split; the
 reduce_partials kernels add them in a fixed order.
+
+Registers are what this kernel is short of. Three things keep it within them at 8 channels (128 bits) a thread:
+
+* both products are written with channels as rows, (BC, .), and their results transposed. The compiler prefers
+  the matrix unit's layout for everything a product touches, where a thread holds several tokens and hence the
+  coefficients of all of them, and it recomputes x' in every layout it is wanted in. It does not do so through
+  a transposition: tiles stay as loaded, one token to a thread;
+* tiles are loaded where they are used. phi, and x the second time, come from a cache;
+* dot products add up the neighbours within a thread before streams are joined (`stream_dots`).
 """
 
 import triton
@@ -19,8 +28,8 @@ from mhc_kernels.device.common import load_coefficients, load_streams, mixed_str
 
 @triton.jit
 def load_again(pointer, rows, row_ok, stride):
-    """A coefficient (BT,) that was loaded before: from the first-level cache instead of registers, which are
-    what this kernel is short of. The cache modifier keeps the compiler from merging the two loads."""
+    """A coefficient (BT,) that was loaded before: from a cache instead of registers. The cache modifier keeps
+    the compiler from merging the two loads."""
     return tl.load(pointer + rows * stride, mask=row_ok, other=0.0, cache_modifier=".ca")
 
 
@@ -71,11 +80,9 @@ def backward_apply_kernel(
         d_gain = tl.zeros((BT, BC), dtype=tl.float32)
         phi_offsets = coefficient[:, None] * (N * C) + cols[None, :]
         phi_mask = coefficient_ok[:, None] & col_ok[None, :]
-        phis = ()
         d_phis = ()
-        for o in tl.static_range(N):
-            phis = phis + (tl.load(phi_ptr + phi_offsets + o * C, mask=phi_mask, other=0.0),)
-            d_phis = d_phis + (tl.zeros((M_PAD, BC), dtype=tl.float32),)
+        for _o in tl.static_range(N):
+            d_phis = d_phis + (tl.zeros((BC, M_PAD), dtype=tl.float32),)
 
     rows = tl.arange(0, BT)
     row_offsets = rows[:, None] * C + cols[None, :]
@@ -87,7 +94,8 @@ def backward_apply_kernel(
         row_ok = rows < split_size - offset
         mask = row_ok[:, None] & col_ok[None, :]
         xs = load_streams(x_ptr + first * (N * C), rows, cols, mask, N, C)
-        totals = load_streams(g_ptr + first * (N * C), rows, cols, mask, N, C)
+        if not HAS_NEXT:
+            totals = load_streams(g_ptr + first * (N * C), rows, cols, mask, N, C)
         if HAS_UPDATE:
             y = tl.load(y_ptr + first * C + row_offsets, mask=mask, other=0.0).to(tl.float32)
 
@@ -111,6 +119,7 @@ def backward_apply_kernel(
             u = tl.zeros((BT, BC), dtype=tl.float32)
             grown = ()
             shrunk = ()
+            g_tile = g_ptr + first * (N * C) + stream_offsets
             for o in tl.static_range(N):
                 if HAS_UPDATE:
                     x_new = mixed_stream(o, xs, y, post, res, N, MIXED)
@@ -118,19 +127,22 @@ def backward_apply_kernel(
                 else:
                     x_new = xs[o]
                 u += pre[o][:, None] * x_new
-                shrunk = shrunk + (totals[o] - shrink[:, None] * x_new,)
-                d_phi_o = tl.dot(tl.trans(d_projection), x_new, d_phis[o], input_precision=PRECISION)
-                grown = grown + (d_phi_o,)
+                g = tl.load(g_tile + o * C, mask=mask, other=0.0).to(tl.float32)
+                shrunk = shrunk + (g - shrink[:, None] * x_new,)
+                d_phi = tl.dot(tl.trans(x_new), d_projection, d_phis[o], input_precision=PRECISION)
+                grown = grown + (d_phi,)
             d_phis = grown
             unit = u * rstd_h[:, None]
             d_gain += d_h * unit
             d_u = (d_h * gain[None, :] - unit * h_dot[:, None]) * rstd_h[:, None]
             totals = ()
             for o in tl.static_range(N):
-                total = shrunk[o] + pre[o][:, None] * d_u
-                totals = totals + (tl.dot(d_projection, phis[o], total, input_precision=PRECISION),)
+                phi = tl.load(phi_ptr + phi_offsets + o * C, mask=phi_mask, other=0.0)
+                through = tl.dot(tl.trans(phi), tl.trans(d_projection), input_precision=PRECISION)
+                totals = totals + (shrunk[o] + pre[o][:, None] * d_u + tl.trans(through),)
 
         # `totals` is the gradient of x'. Push it through the update.
+        x_tile = x_ptr + first * (N * C) + stream_offsets
         d_x_tile = d_x_ptr + first * (N * C) + stream_offsets
         if HAS_UPDATE:
             block_first = channel_block * num_rows + first
@@ -142,6 +154,11 @@ def backward_apply_kernel(
             tl.store(d_y_ptr + first * C + row_offsets, d_y.to(d_y_ptr.dtype.element_ty), mask=mask)
         if MIXED:
             d_ress = d_res_ptr + block_first * (N * N) + rows[:, None] * (N * N) + n_index[None, :]
+            if HAS_NEXT:
+                xs = ()
+                for i in tl.static_range(N):
+                    again = tl.load(x_tile + i * C, mask=mask, other=0.0, cache_modifier=".ca")
+                    xs = xs + (again.to(tl.float32),)
             for o in tl.static_range(N):
                 tl.store(d_ress + o * N, stream_dots(totals[o], xs, N), mask=row_ok[:, None])
             for i in tl.static_range(N):
@@ -158,4 +175,4 @@ def backward_apply_kernel(
         tl.store(d_gain_ptr + token_split * C + cols, tl.sum(d_gain, axis=0), mask=col_ok)
         split_ptr = d_phi_ptr + token_split.to(tl.int64) * (M * N * C)
         for o in tl.static_range(N):
-            tl.store(split_ptr + phi_offsets + o * C, d_phis[o], mask=phi_mask)
+            tl.store(split_ptr + phi_offsets + o * C, tl.trans(d_phis[o]), mask=phi_mask)
