@@ -14,12 +14,14 @@ from torch import Tensor
 from mhc_dist.config import RunConfig
 from mhc_dist.data.batches import Sequences
 from mhc_dist.optim.deepspeed_engine import OptimizerEngine, StepOutcome
+from mhc_dist.parallel.boundary import message_shape
 from mhc_dist.parallel.expert_exchange import ExpertExchange
 from mhc_dist.parallel.process_groups import ProcessGroups
 from mhc_dist.parallel.stage import Stage
 from mhc_dist.parallel.wire_times import measure_wires
 from mhc_dist.pipeline.action import Action
 from mhc_dist.pipeline.executor import Executor, Microbatch
+from mhc_dist.pipeline.streams import make_streams
 from mhc_dist.pipeline.transport import GroupTransport
 from mhc_dist.plan.run_programs import RunPrograms
 from mhc_dist.topology import Topology
@@ -59,8 +61,9 @@ class Worker:
         on_action: Callable[[Action], None] | None = None,
     ) -> Worker:
         """Build this rank's chunks from the seed and connect them. Collective over the world."""
+        streams = make_streams(device)
         exchange = ExpertExchange(
-            config.model.num_experts, topology.expert, groups.expert_forward, groups.expert_backward
+            config.model.num_experts, topology.expert, groups.expert_forward, groups.expert_backward, streams
         )
         stage = Stage(
             config,
@@ -69,13 +72,14 @@ class Worker:
             exchange,
             topology.expert_rank,
             device,
+            streams,
         )
         engine = OptimizerEngine(stage, config, topology)
         peers = {rank: topology.rank_of(rank, topology.data_rank) for rank in range(topology.pipeline)}
         num_tokens = config.data.sequences_per_microbatch * config.data.sequence_length
-        shape = (num_tokens, config.residual.num_streams, config.model.hidden_size)
         dtype = STREAM_DTYPE[config.train.precision]
-        transport = GroupTransport(groups.channels, peers, topology.rank, shape, dtype, device)
+        shape = message_shape(config, dtype)
+        transport = GroupTransport(groups.channels, peers, topology.rank, shape, dtype, device, streams)
         rows_bytes = num_tokens * config.model.num_active_experts * config.model.hidden_size * dtype.itemsize
         wires = measure_wires(
             groups.channels,
@@ -85,7 +89,9 @@ class Worker:
             exchange_bytes=rows_bytes * (topology.expert - 1) // topology.expert,
             device=device,
         )
-        executor = Executor(topology.pipeline_rank, stage.by_index, transport, on_action, wires=wires)
+        executor = Executor(
+            topology.pipeline_rank, stage.by_index, transport, on_action, wires=wires, streams=streams
+        )
         return cls(config, programs, topology, groups, device, stage, engine, executor)
 
     def microbatches(self, load: Callable[[int, int], Sequences]) -> list[Microbatch]:

@@ -17,22 +17,32 @@ and one last phase `finish` takes the last answers to the chunk's output (stream
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple
 
 from mhc_kernels.seam import SeamBackend
 from torch import Tensor, nn
 
 from mhc_dist.config import RunConfig
-from mhc_dist.model.hyper_connection import Entry, Mix, SublayerConnection, TapeHolder, attach_holder
+from mhc_dist.model.hyper_connection import (
+    Carried,
+    Entry,
+    Mix,
+    SublayerConnection,
+    TapeHolder,
+    attach_holder,
+)
 from mhc_dist.model.language_model import Embedding, Head
 from mhc_dist.model.layer import Layer
 from mhc_dist.model.linear import attach_queue
 from mhc_dist.model.moe import MixtureOfExperts, permute, plan_rows, unpermute
+from mhc_dist.parallel.boundary import pack, unpack
 from mhc_dist.parallel.expert_exchange import ArrivalPlan, ExpertExchange, sort_by_expert, sort_by_sender
 from mhc_dist.parallel.layout import ChunkPlace, chunk_shape, expert_layers
 from mhc_dist.parallel.seam_keeper import SeamKeeper
 from mhc_dist.pipeline.action import ItemShape, PhaseShape
 from mhc_dist.pipeline.phase import Exchange, Item, Phase, WeightQueue
+from mhc_dist.pipeline.streams import HostStreams, Streams
 
 
 class _Between(NamedTuple):
@@ -41,6 +51,10 @@ class _Between(NamedTuple):
     streams_TNC: Tensor
     y_TC: Tensor
     mix: Mix
+
+
+_Start = Carried | Entry | _Between
+"""Streams before a sublayer, a sublayer that has been entered already, or the place between two."""
 
 
 class ModelChunk(nn.Module):
@@ -56,9 +70,11 @@ class ModelChunk(nn.Module):
         backend: SeamBackend,
         exchange: ExpertExchange,
         expert_rank: int,
+        streams: Streams | None = None,
     ) -> None:
         super().__init__()
         self.config, self.place, self.exchange = config, place, exchange
+        self.streams = streams or HostStreams()
         self.num_sequences = config.data.sequences_per_microbatch
         num_local = exchange.num_local_experts
         if place.is_first:
@@ -72,6 +88,7 @@ class ModelChunk(nn.Module):
         if place.is_last:
             self.head = Head(config)
         self.index = place.index
+        self._mix_length = 3 if config.residual.shifted_pre else 2  # of Mix, as `chunk_shape` names its parts
         self.backend = backend
         self.tape_holder = TapeHolder()
         attach_holder(self, self.tape_holder)
@@ -84,7 +101,7 @@ class ModelChunk(nn.Module):
         """What lets this chunk's phases drop streams; None when they drop all or nothing."""
         if self.config.recompute.mode != "mhc":
             return None
-        return SeamKeeper(self.backend, self.tape_holder)
+        return SeamKeeper(self.backend, self.tape_holder, self.streams)
 
     def _item(self, shape: ItemShape) -> Item:
         kind, _, number = shape.name.partition(".")
@@ -124,8 +141,8 @@ class ModelChunk(nn.Module):
         routing = moe.router(entry.h_TC)
         plan = plan_rows(routing.expert_TK, self.config.model.num_experts)
         rows_RC = permute(entry.h_TC, plan)
-        post, res = entry.mix
-        return entry.streams_TNC, post, res, entry.h_TC, routing.weight_TK, rows_RC, plan, plan.count_E
+        mix = entry.mix[: self._mix_length]
+        return entry.streams_TNC, *mix, entry.h_TC, routing.weight_TK, rows_RC, plan, plan.count_E
 
     def _experts(self, k: int, arrived_SC: Tensor, plan: ArrivalPlan) -> Tensor:
         rows_SC = self._moe(k).experts(sort_by_expert(arrived_SC, plan), plan.expert_counts)
@@ -136,24 +153,37 @@ class ModelChunk(nn.Module):
         if self.place.is_last:
             *values, targets = values  # type: ignore[assignment]
         start, layer_index = self._begin(tuple(values), self.place.last_layer)
-        streams_TNC = self._to_end(start, layer_index)
+        carried = self._to_end(start, layer_index)
         if targets is not None:
-            return (self.head(streams_TNC, targets),)
-        return (streams_TNC,)
+            return (self.head(carried.streams_TNC, targets),)
+        return (pack(carried),)
 
-    def _begin(self, values: tuple[Any, ...], before: int) -> tuple[Tensor | _Between, int]:
-        """What a phase starts from, and the first layer it has to run."""
+    def _begin(self, values: tuple[Any, ...], before: int) -> tuple[_Start, int]:
+        """What a phase starts from, and the first layer it has to run.
+
+        The answers of experts end the wait for a combine, and all up to the next dispatch depends on them: so
+        they rejoin the streams on the urgent stream (mHC paper, 4.3.3).
+        """
         if len(values) == 1:
             (received,) = values
-            return (self.embedding(received) if self.place.is_first else received), self.place.first_layer
-        streams_TNC, post, res, weight_TK, plan, returned_RC, *shared = values
+            if self.place.is_first:
+                return Carried(self.embedding(received)), self.place.first_layer
+            return unpack(received, self.config), self.place.first_layer
+        previous = max(k for k in expert_layers(self.config, self.place) if k < before)
+        return self.streams.urgently(partial(self._rejoin, previous), *values), previous + 1
+
+    def _rejoin(self, k: int, streams_TNC: Tensor, *values: Any) -> Entry | Carried:
+        """Post and res of MoE layer k, and the start of the next layer; at the chunk's end, its streams."""
+        mix = Mix(*values[: self._mix_length])
+        weight_TK, plan, returned_RC, *shared = values[self._mix_length :]
         y_TC = unpermute(returned_RC, weight_TK, plan)
         if shared:
             y_TC = y_TC + shared[0]
-        previous = max(k for k in expert_layers(self.config, self.place) if k < before)
-        return _Between(streams_TNC, y_TC, Mix(post, res)), previous + 1
+        if k + 1 == self.place.last_layer:
+            return Carried(self._layer(k).feed_forward_connection.leave(streams_TNC, y_TC, mix), mix.pre_TN)
+        return self._layer(k + 1).attention_connection.cross(streams_TNC, y_TC, mix)
 
-    def _through(self, start: Tensor | _Between, first: int, moe_layer: int) -> Entry:
+    def _through(self, start: _Start, first: int, moe_layer: int) -> Entry:
         """Dense layers first..moe_layer-1, then attention of `moe_layer`, up to its router's input."""
         for k in range(first, moe_layer + 1):
             layer = self._layer(k)
@@ -164,7 +194,7 @@ class ModelChunk(nn.Module):
                 start = _Between(entry.streams_TNC, layer.feed_forward(entry.h_TC), entry.mix)
         return entry
 
-    def _to_end(self, start: Tensor | _Between, first: int) -> Tensor:
+    def _to_end(self, start: _Start, first: int) -> Carried:
         """Remaining dense layers, then the streams as they leave the chunk."""
         last_layer = first - 1
         for k in range(first, self.place.last_layer):
@@ -174,10 +204,17 @@ class ModelChunk(nn.Module):
             entry = layer.feed_forward_connection.cross(entry.streams_TNC, y_TC, entry.mix)
             start = _Between(entry.streams_TNC, layer.feed_forward(entry.h_TC), entry.mix)
             last_layer = k
-        if isinstance(start, Tensor):
+        if isinstance(start, Carried):
             return start
-        return self._layer(last_layer).feed_forward_connection.leave(*start)
+        assert isinstance(start, _Between), "a layer that was entered is also left"
+        return Carried(self._layer(last_layer).feed_forward_connection.leave(*start), start.mix.pre_TN)
 
 
-def _enter(connection: SublayerConnection, start: Tensor | _Between) -> Entry:
-    return connection.cross(*start) if isinstance(start, _Between) else connection.enter(start)
+def _enter(connection: SublayerConnection, start: _Start) -> Entry:
+    match start:
+        case Entry():
+            return start
+        case _Between():
+            return connection.cross(*start)
+        case Carried():
+            return connection.enter(*start)

@@ -9,14 +9,16 @@ Shapes: G ranks in the group, E all experts, R rows leaving, S rows arriving, C 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import NamedTuple, Protocol
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from mhc_dist.pipeline.action import Pass
 from mhc_dist.pipeline.phase import ExchangeLoad
+from mhc_dist.pipeline.streams import Flight, HostStreams, Streams, Token, Work
 
 
 class ArrivalPlan(NamedTuple):
@@ -53,38 +55,47 @@ class _Landing:
 
 
 @dataclass
-class PendingCounts:
-    """Row counts on their way. `wait` is the one point per layer where the host needs device data."""
+class _Pending:
+    """An exchange on its way; without a flight where a rank is its own expert group."""
 
-    work: dist.Work | None
-    sent_GE: Tensor
-    received_GE: Tensor
+    streams: Streams
+    flight: Flight | None
     load: ExchangeLoad
-    landing: _Landing | None = None
+    landing: _Landing | None
+    token: Token = None
 
-    def wait(self) -> ArrivalPlan:
-        if self.work is not None:
-            self.work.wait()
+    def land(self) -> None:
+        self.token = self.streams.position() if self.flight is None else self.flight.land()
         if self.landing is not None:
             self.landing.wait()
-        return plan_arrival(self.sent_GE, self.received_GE)
 
 
 @dataclass
-class PendingRows:
-    """Rows on their way. `keep` holds the send buffer until the transfer is over."""
+class PendingCounts(_Pending):
+    """Row counts on their way. `wait` is the one point per layer where the host needs device data.
 
-    work: dist.Work | None
-    result: Tensor
-    keep: Tensor
-    load: ExchangeLoad
-    landing: _Landing | None = None
+    What it waits for is the urgent stream, which has nothing to do but this: compute work that is queued
+    already goes on.
+    """
+
+    sent_GE: Tensor = field(kw_only=True)
+    received_GE: Tensor = field(kw_only=True)
+
+    def wait(self) -> ArrivalPlan:
+        self.land()
+        plan = self.streams.urgently(plan_arrival, self.sent_GE, self.received_GE, after=[self.token])
+        self.token = self.streams.position()
+        return plan
+
+
+@dataclass
+class PendingRows(_Pending):
+    """Rows on their way."""
+
+    result: Tensor = field(kw_only=True)
 
     def wait(self) -> Tensor:
-        if self.work is not None:
-            self.work.wait()
-        if self.landing is not None:
-            self.landing.wait()
+        self.land()
         return self.result
 
 
@@ -92,13 +103,15 @@ def plan_arrival(sent_GE: Tensor, received_GE: Tensor) -> ArrivalPlan:
     """From counts per (rank, local expert), both directions, to the split sizes and the order of arrival."""
     group_size, num_local = received_GE.shape
     device = received_GE.device
+    # One transfer to the host for all three lists.
+    counts = torch.cat((sent_GE.sum(1), received_GE.sum(1), received_GE.sum(0))).tolist()
+    num_rows = sum(counts[2 * group_size :])
     expert_of_block = torch.arange(num_local, device=device).repeat(group_size)
-    expert_S = expert_of_block.repeat_interleave(received_GE.flatten())
+    # Without the size, a device would have to be asked for it once more.
+    expert_S = expert_of_block.repeat_interleave(received_GE.flatten(), output_size=num_rows)
     order_S = torch.argsort(expert_S, stable=True)
     position_S = torch.empty_like(order_S)
     position_S[order_S] = torch.arange(order_S.numel(), device=device)
-    # One transfer to the host for all three lists.
-    counts = torch.cat((sent_GE.sum(1), received_GE.sum(1), received_GE.sum(0))).tolist()
     return ArrivalPlan(
         counts[:group_size],
         counts[group_size : 2 * group_size],
@@ -121,7 +134,9 @@ class ExpertExchange:
         group_size: int = 1,
         forward_group: dist.ProcessGroup | None = None,
         backward_group: dist.ProcessGroup | None = None,
+        streams: Streams | None = None,
     ) -> None:
+        self._streams = streams or HostStreams()
         assert num_experts % group_size == 0, (num_experts, group_size)
         assert group_size == 1 or (forward_group is not None and backward_group is not None)
         self.group_size = group_size
@@ -137,39 +152,61 @@ class ExpertExchange:
         """Tell every rank how many rows each of its experts will get; count_E (E,) int64."""
         sent_GE = count_E.view(self.group_size, self.num_local_experts)
         if self.group_size == 1:
-            return PendingCounts(None, sent_GE, sent_GE, ExchangeLoad(0, 0))
+            return PendingCounts(
+                self._streams, None, ExchangeLoad(0, 0), None, sent_GE=sent_GE, received_GE=sent_GE
+            )
         received_GE = torch.empty_like(sent_GE)
-        work = dist.all_to_all_single(received_GE, sent_GE, group=self._forward_group, async_op=True)
+        flight = self._transfer(Pass.FORWARD, received_GE, sent_GE, None, None)
         num_bytes = (self.group_size - 1) * sent_GE[0].numel() * sent_GE.element_size()
         load = ExchangeLoad(num_bytes, num_bytes)
-        return PendingCounts(work, sent_GE, received_GE, load, self._landing(load))
+        landing = self._landing(load)
+        return PendingCounts(self._streams, flight, load, landing, sent_GE=sent_GE, received_GE=received_GE)
 
     def issue_dispatch(self, rows_RC: Tensor, plan: ArrivalPlan) -> PendingRows:
         """Rows to their experts; arrives as (S, C)."""
-        return self._issue(rows_RC, plan.send_counts, plan.receive_counts, self._forward_group)
+        return self._issue(rows_RC, plan.send_counts, plan.receive_counts, Pass.FORWARD)
 
     def issue_combine(self, rows_SC: Tensor, plan: ArrivalPlan) -> PendingRows:
         """The experts' answers back to where the rows came from; arrives as (R, C) in the sender's order."""
-        return self._issue(rows_SC, plan.receive_counts, plan.send_counts, self._forward_group)
+        return self._issue(rows_SC, plan.receive_counts, plan.send_counts, Pass.FORWARD)
 
     def issue_dispatch_gradient(self, grad_SC: Tensor, plan: ArrivalPlan) -> PendingRows:
-        return self._issue(grad_SC, plan.receive_counts, plan.send_counts, self._backward_group)
+        return self._issue(grad_SC, plan.receive_counts, plan.send_counts, Pass.BACKWARD)
 
     def issue_combine_gradient(self, grad_RC: Tensor, plan: ArrivalPlan) -> PendingRows:
-        return self._issue(grad_RC, plan.send_counts, plan.receive_counts, self._backward_group)
+        return self._issue(grad_RC, plan.send_counts, plan.receive_counts, Pass.BACKWARD)
 
-    def _issue(
-        self, rows: Tensor, send: list[int], receive: list[int], group: dist.ProcessGroup | None
-    ) -> PendingRows:
+    def _issue(self, rows: Tensor, send: list[int], receive: list[int], direction: Pass) -> PendingRows:
         assert rows.shape[0] == sum(send), (rows.shape, send)
         if self.group_size == 1:
-            return PendingRows(None, rows, rows, ExchangeLoad(0, 0))
+            return PendingRows(self._streams, None, ExchangeLoad(0, 0), None, result=rows)
         rows = rows.contiguous()  # gloo and NCCL both send flat memory
         result = rows.new_empty(sum(receive), rows.shape[1])
-        work = dist.all_to_all_single(result, rows, receive, send, group=group, async_op=True)
-        local, row_bytes = send[dist.get_rank(group)], rows.shape[1] * rows.element_size()
-        load = ExchangeLoad((sum(send) - local) * row_bytes, (sum(receive) - local) * row_bytes)
-        return PendingRows(work, result, rows, load, self._landing(load))
+        flight = self._transfer(direction, result, rows, receive, send)
+        local = dist.get_rank(self._group(direction))
+        row_bytes = rows.shape[1] * rows.element_size()
+        load = ExchangeLoad(
+            (sum(send) - send[local]) * row_bytes, (sum(receive) - receive[local]) * row_bytes
+        )
+        return PendingRows(self._streams, flight, load, self._landing(load), result=result)
+
+    def _transfer(
+        self,
+        direction: Pass,
+        result: Tensor,
+        rows: Tensor,
+        receive: list[int] | None,
+        send: list[int] | None,
+    ) -> Flight:
+        def start() -> Work:
+            group = self._group(direction)
+            work: Work = dist.all_to_all_single(result, rows, receive, send, group=group, async_op=True)
+            return work
+
+        return self._streams.transfer(f"exchange {direction.value}", start, [result, rows])
+
+    def _group(self, direction: Pass) -> dist.ProcessGroup | None:
+        return self._forward_group if direction is Pass.FORWARD else self._backward_group
 
     def _landing(self, load: ExchangeLoad) -> _Landing | None:
         return None if self._link is None else _Landing(self._link, self._link.send(load.sent_bytes))

@@ -23,6 +23,7 @@ from torch.autograd.graph import saved_tensors_hooks
 
 from mhc_dist.model.hyper_connection import Mix, TapeHolder, Update
 from mhc_dist.pipeline.action import PhaseShape
+from mhc_dist.pipeline.streams import HostStreams, Streams
 
 
 class _Dropped(NamedTuple):
@@ -45,7 +46,6 @@ class _Slot:
 
     def drop(self, dropped: _Dropped) -> None:
         assert self.tensor is not None
-        self.size, self.stride = self.tensor.size(), self.tensor.stride()
         self.size, self.stride = self.tensor.size(), tuple(self.tensor.stride())
         self.offset = int(self.tensor.storage_offset())
         self.dropped, self.tensor = dropped, None
@@ -84,8 +84,9 @@ class SeamKeeper:
     only read what such a phase made (`shared.k` reads its last h, the next phase its last streams).
     """
 
-    def __init__(self, backend: SeamBackend, holder: TapeHolder) -> None:
+    def __init__(self, backend: SeamBackend, holder: TapeHolder, streams: Streams | None = None) -> None:
         self._backend, self._holder = backend, holder
+        self._streams = streams or HostStreams()
         self._tapes: dict[str, _PhaseTape] = {}
         self._previous: str | None = None
         self._regenerated: dict[_Dropped, Tensor] = {}
@@ -153,10 +154,13 @@ class SeamKeeper:
             last = len(self._tapes[before].kept) - 1
             streams_TNC = self._regenerated[_Dropped(before, last, is_streams=True)]
         if tape.first_update is not None:
-            y_TC, (post_TN, res_TNN) = tape.first_update
-            assert post_TN is not None
-            streams_TNC = self._backend.close(streams_TNC, y_TC, post_TN, res_TNN)
+            y_TC, mix = tape.first_update
+            assert mix.post_TN is not None
+            streams_TNC = self._backend.close(streams_TNC, y_TC, mix.post_TN, mix.res_TNN)
+        # Kept by a forward that ran on both streams, and read by a backward that does.
+        self._streams.keep((streams_TNC, *tape.kept, *(tape.first_update or ())))
         for index, made in enumerate(self._backend.recompute_block(streams_TNC, tape.kept)):
+            self._streams.keep((made.streams_TNC, made.h_TC))
             self._regenerated[_Dropped(phase.name, index, is_streams=True)] = made.streams_TNC
             self._regenerated[_Dropped(phase.name, index, is_streams=False)] = made.h_TC
 
@@ -170,9 +174,7 @@ class SeamKeeper:
 
 
 def _detached(update: Update) -> Update:
-    post_TN, res_TNN = update.mix
-    assert post_TN is not None
-    mix = Mix(post_TN.detach(), None if res_TNN is None else res_TNN.detach())
+    mix = Mix(*(None if tensor is None else tensor.detach() for tensor in update.mix))
     return Update(update.y_TC.detach(), mix)
 
 

@@ -14,6 +14,7 @@ from mhc_dist.model.moe import Router
 from mhc_dist.parallel.chunk import ModelChunk
 from mhc_dist.parallel.expert_exchange import ExpertExchange
 from mhc_dist.parallel.layout import ChunkPlace
+from mhc_dist.pipeline.streams import Streams
 
 
 class Stage(nn.Module):
@@ -27,11 +28,12 @@ class Stage(nn.Module):
         exchange: ExpertExchange,
         expert_rank: int,
         device: torch.device,
+        streams: Streams | None = None,
     ) -> None:
         super().__init__()
         self.by_index: dict[int, ModelChunk] = {}
         for place in places:
-            chunk = ModelChunk(config, place, backend, exchange, expert_rank)
+            chunk = ModelChunk(config, place, backend, exchange, expert_rank, streams)
             initialize(chunk, config)
             self.add_module(f"chunk{place.index}", chunk)
             self.by_index[place.index] = chunk

@@ -24,6 +24,7 @@ from mhc_dist.pipeline.action import (
 )
 from mhc_dist.pipeline.live import LiveMicrobatch
 from mhc_dist.pipeline.phase import Chunk, Exchange, Item, Phase
+from mhc_dist.pipeline.streams import HostStreams, Mark, Streams, Token
 from mhc_dist.pipeline.trace import Event, Trace
 from mhc_dist.pipeline.transport import PendingMessage, Transport
 from mhc_dist.pipeline.wire import Waited, WireTimes, split_wait
@@ -60,6 +61,7 @@ class Executor:
     so that a watchdog can say where a rank is stuck. stretch: called when an action is done, with the time it
     started; what it spends counts as part of the action (benches give actions their nominal time with it).
     wires: what tells waiting for a peer from waiting for the wire; without it, all is put down to the wire.
+    streams: those of the chunks, the exchange and the transport; by default the CPU's.
     """
 
     def __init__(
@@ -70,9 +72,11 @@ class Executor:
         on_action: Callable[[Action], None] | None = None,
         stretch: Callable[[Action, float], None] | None = None,
         wires: WireTimes | None = None,
+        streams: Streams | None = None,
     ) -> None:
         self._rank, self._chunks, self._transport, self._on_action = rank, chunks, transport, on_action
         self._stretch, self._wires = stretch, wires
+        self._streams = streams or HostStreams()
         self._items: dict[tuple[int, str], Item] = {
             (chunk.index, item.shape.name): item for chunk in chunks.values() for item in chunk.items
         }
@@ -85,21 +89,35 @@ class Executor:
         step_end is required when the program has REDUCE and STEP actions.
         """
         assert len(microbatches) == program.num_microbatches, (len(microbatches), program.num_microbatches)
-        run = _Run(self._rank, self._chunks, self._items, self._transport, program, microbatches, step_end)
-        trace = Trace()
-        for action in program.actions[self._rank]:
+        streams = self._streams
+        streams.begin()
+        run = _Run(
+            self._rank, self._chunks, self._items, self._transport, streams, program, microbatches, step_end
+        )
+        actions = program.actions[self._rank]
+        marks: list[Mark] = []
+        moved: list[_Done] = []
+        for action in actions:
             if self._on_action is not None:
                 self._on_action(action)
-            start = perf_counter()
-            done = run.do(action)
+            began = perf_counter()
+            marks.append(streams.mark())
+            moved.append(run.do(action))
             if self._stretch is not None:
-                self._stretch(action, start)
-            end = perf_counter()
-            waited = self._waited(action, end - start, done)
-            trace.events.append(Event(action, start, end, done.num_bytes, waited.blocked, waited.starved))
+                self._stretch(action, began)
+            marks.append(streams.mark())
         self._transport.drain()
         run.check_finished()
+        trace = self._trace(actions, streams.seconds(marks), moved)
         return StepOutput([loss for _, loss in sorted(run.losses.items())], trace)
+
+    def _trace(self, actions: Sequence[Action], times: Sequence[float], moved: Sequence[_Done]) -> Trace:
+        """times: start and end of every action."""
+        trace = Trace()
+        for action, start, end, done in zip(actions, times[::2], times[1::2], moved, strict=True):
+            waited = self._waited(action, end - start, done)
+            trace.events.append(Event(action, start, end, done.num_bytes, waited.blocked, waited.starved))
+        return trace
 
     def _waited(self, action: Action, seconds: float, done: _Done) -> Waited:
         """Which part of an action was waiting, and what for."""
@@ -134,12 +152,14 @@ class _Run:
         chunks: Mapping[int, Chunk],
         items: Mapping[tuple[int, str], Item],
         transport: Transport,
+        streams: Streams,
         program: Program,
         microbatches: Sequence[Microbatch],
         step_end: StepEnd | None,
     ) -> None:
         self._rank, self._chunks, self._items = rank, chunks, items
         self._transport, self._program, self._step_end = transport, program, step_end
+        self._streams = streams
         self._microbatches = microbatches
         self._last_chunk = len(program.chunk_rank) - 1
         self._live: dict[tuple[int, int], LiveMicrobatch] = {}
@@ -166,7 +186,8 @@ class _Run:
                 self._messages[key] = self._transport.receive(action.peer)
             case ActionKind.ARRIVE:
                 message = self._messages.pop((action.chunk, action.microbatch, _direction(action)))
-                self._arrive(action.chunk, action.microbatch, _direction(action), message.wait())
+                tensor = message.wait()
+                self._arrive(action.chunk, action.microbatch, _direction(action), tensor, message.token)
                 return _Done(message.payload_bytes, message.payload_bytes)
             case ActionKind.SEND:
                 assert action.peer is not None
@@ -176,7 +197,8 @@ class _Run:
             case ActionKind.HAND_OVER:
                 step = 1 if action.direction is Pass.FORWARD else -1
                 tensor = self._leave(action)
-                self._arrive(action.chunk + step, action.microbatch, _direction(action), tensor)
+                token = self._streams.position()
+                self._arrive(action.chunk + step, action.microbatch, _direction(action), tensor, token)
             case ActionKind.FREE:
                 self._live.pop((action.chunk, action.microbatch)).check_finished()
             case ActionKind.REDUCE:
@@ -209,7 +231,7 @@ class _Run:
             if chunk == self._last_chunk:
                 given[CHUNK_TARGETS] = self._microbatches[microbatch].targets
             self._live[key] = LiveMicrobatch(
-                self._chunks[chunk], microbatch, given, training=self._program.training
+                self._chunks[chunk], microbatch, given, self._streams, training=self._program.training
             )
         return self._live[key]
 
@@ -242,10 +264,10 @@ class _Run:
         assert isinstance(tensor, Tensor), f"{action}: nothing to hand on"
         return tensor
 
-    def _arrive(self, chunk: int, microbatch: int, direction: Pass, tensor: Tensor) -> None:
+    def _arrive(self, chunk: int, microbatch: int, direction: Pass, tensor: Tensor, token: Token) -> None:
         live = self._live_at(chunk, microbatch)
         if direction is Pass.FORWARD:
-            live.put(CHUNK_INPUT, tensor)
+            live.put(CHUNK_INPUT, tensor, token)
         else:
             live.gradients.add(CHUNK_OUTPUT, tensor)
 

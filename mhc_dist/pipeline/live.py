@@ -18,6 +18,7 @@ from torch.autograd.graph import GradientEdge, get_gradient_edge
 
 from mhc_dist.pipeline.action import Pass
 from mhc_dist.pipeline.phase import Chunk, Exchange, ExchangeLoad, PendingExchange, Phase
+from mhc_dist.pipeline.streams import Streams, Token
 
 
 class GradientStore:
@@ -56,10 +57,15 @@ class LiveMicrobatch:
     """Values, segments and exchanges in flight of one (chunk, microbatch).
 
     given: values that no item writes: the chunk's input for chunk 0, the targets for the last chunk.
+    Every other value comes with a token: the end of the work that makes it.
     """
 
-    def __init__(self, chunk: Chunk, microbatch: int, given: dict[str, Any], *, training: bool) -> None:
+    def __init__(
+        self, chunk: Chunk, microbatch: int, given: dict[str, Any], streams: Streams, *, training: bool
+    ) -> None:
         self.chunk, self.microbatch, self.training = chunk, microbatch, training
+        self._streams = streams
+        self._tokens: dict[str, Token] = {}
         self.gradients = GradientStore()
         self._values: dict[str, Any] = dict(given)
         self._readers_left = Counter(name for item in chunk.items for name in item.shape.reads)
@@ -67,14 +73,15 @@ class LiveMicrobatch:
         self._pending: dict[tuple[str, Pass], PendingExchange] = {}
         self._constants: dict[str, tuple[Any, ...]] = {}
         self._keeper = chunk.make_keeper() if training else None
-        self._replays: dict[str, list[Any]] = {}
+        self._replays: dict[str, tuple[list[Any], list[Token]]] = {}
         self._anchor = torch.empty(0, requires_grad=True) if training else None
 
     # Values
 
-    def put(self, name: str, value: Any) -> None:
+    def put(self, name: str, value: Any, token: Token) -> None:
         assert name not in self._values, f"{name} written twice"
         self._values[name] = value
+        self._tokens[name] = token
 
     def take(self, name: str) -> Any:
         """A value on its way out of the chunk."""
@@ -92,29 +99,31 @@ class LiveMicrobatch:
 
     def compute(self, phase: Phase) -> None:
         """Run a phase forward; in training, record its segment."""
+        tokens = [self._tokens[name] for name in phase.shape.reads if name in self._tokens]
         values = self._read(phase.shape.reads)
         if self.training and not (phase.shape.drops and self._keeper is None):
-            outputs = self._run_segment(phase, values)
+            outputs = self._run_segment(phase, values, tokens)
         else:
-            with torch.no_grad():
+            with torch.no_grad(), self._streams.reading(tokens):
                 outputs = phase.run(*values)
             if self.training:
-                self._replays[phase.shape.name] = values
+                self._replays[phase.shape.name] = values, tokens
+        token = self._streams.position()
         for name, output in zip(phase.shape.writes, outputs, strict=True):
-            self.put(name, output.detach() if isinstance(output, Tensor) else output)
+            self.put(name, output.detach() if isinstance(output, Tensor) else output, token)
 
     def recompute(self, phase: Phase) -> None:
         """Bring back what the forward of a phase dropped."""
         if self._keeper is not None:
             self._keeper.regenerate(phase.shape)
         else:
-            self._run_segment(phase, self._replays.pop(phase.shape.name))
+            self._run_segment(phase, *self._replays.pop(phase.shape.name))
 
-    def _run_segment(self, phase: Phase, values: list[Any]) -> Sequence[Any]:
+    def _run_segment(self, phase: Phase, values: list[Any], tokens: list[Token]) -> Sequence[Any]:
         """Run a phase under autograd and keep the ends of its graph."""
         drops = phase.shape.drops and self._keeper is not None
         recording = self._keeper.recording(phase.shape) if drops and self._keeper else nullcontext()
-        with torch.enable_grad(), recording:
+        with torch.enable_grad(), recording, self._streams.reading(tokens):
             entries = [
                 self._enter(name, value) for name, value in zip(phase.shape.reads, values, strict=True)
             ]
@@ -179,7 +188,7 @@ class LiveMicrobatch:
         result = pending.wait()
         if direction is Pass.FORWARD:
             (written,) = exchange.shape.writes
-            self.put(written, result)
+            self.put(written, result, pending.token)
         else:
             self.gradients.add(exchange.shape.reads[0], result)
         return pending.load

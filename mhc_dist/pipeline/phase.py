@@ -28,7 +28,12 @@ class PendingExchange(Protocol):
     def load(self) -> ExchangeLoad: ...
 
     def wait(self) -> Any:
-        """Block until complete and return what the exchange writes. Called exactly once."""
+        """Return what the exchange writes, complete for the compute stream. Called exactly once."""
+        ...
+
+    @property
+    def token(self) -> Any:
+        """After `wait`: when the result is complete, for other streams."""
         ...
 
 

@@ -9,17 +9,26 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from mhc_dist.pipeline.streams import Flight, HostStreams, Streams, Token, Work
+
 
 class PendingMessage(Protocol):
     """A message in flight."""
 
-    def wait(self) -> Tensor: ...
+    def wait(self) -> Tensor:
+        """The message, complete for the compute stream."""
+        ...
+
+    @property
+    def token(self) -> Any:
+        """After `wait`: when it is complete, for other streams."""
+        ...
 
     @property
     def payload_bytes(self) -> int: ...
@@ -35,21 +44,22 @@ class Transport(Protocol):
     def receive(self, peer: int) -> PendingMessage: ...
 
     def drain(self) -> None:
-        """Wait until everything sent has left."""
+        """What follows comes after everything that was sent has left."""
         ...
 
 
 @dataclass
 class _Receiving:
     buffer: Tensor
-    work: dist.Work
+    flight: Flight
+    token: Token = None
 
     @property
     def payload_bytes(self) -> int:
         return self.buffer.numel() * self.buffer.element_size()
 
     def wait(self) -> Tensor:
-        self.work.wait()
+        self.token = self.flight.land()
         return self.buffer
 
 
@@ -64,10 +74,12 @@ class GroupTransport:
         shape: tuple[int, ...],
         dtype: torch.dtype,
         device: torch.device,
+        streams: Streams | None = None,
     ) -> None:
+        self._streams = streams or HostStreams()
         self._channels, self._peer_rank, self._rank = channels, peer_rank, rank
         self._shape, self._dtype, self._device = shape, dtype, device
-        self._sending: list[tuple[dist.Work, Tensor]] = []
+        self._sending: list[Flight] = []
 
     @property
     def message_bytes(self) -> int:
@@ -79,20 +91,30 @@ class GroupTransport:
         assert tensor.dtype == self._dtype, (tensor.dtype, self._dtype)
         target = self._peer_rank[peer]
         tensor = tensor.detach().contiguous()
-        work = dist.isend(tensor, target, group=self._channels[self._rank, target])
-        assert work is not None
+        channel = self._channels[self._rank, target]
+
+        def start() -> Work:
+            work = dist.isend(tensor, target, group=channel)
+            assert work is not None
+            return work
+
         # Finished sends give their buffers back here; no wait.
-        self._sending = [(w, t) for w, t in self._sending if not w.is_completed()]
-        self._sending.append((work, tensor))
+        self._sending = [flight for flight in self._sending if not flight.is_over()]
+        self._sending.append(self._streams.transfer(f"message {self._rank}>{target}", start, [tensor]))
 
     def receive(self, peer: int) -> PendingMessage:
         source = self._peer_rank[peer]
         buffer = torch.empty(self._shape, dtype=self._dtype, device=self._device)
-        work = dist.irecv(buffer, source, group=self._channels[source, self._rank])
-        assert work is not None
-        return _Receiving(buffer, work)
+        channel = self._channels[source, self._rank]
+
+        def start() -> Work:
+            work = dist.irecv(buffer, source, group=channel)
+            assert work is not None
+            return work
+
+        return _Receiving(buffer, self._streams.transfer(f"message {source}>{self._rank}", start, [buffer]))
 
     def drain(self) -> None:
-        for work, _ in self._sending:
-            work.wait()
+        for flight in self._sending:
+            flight.land()
         self._sending.clear()

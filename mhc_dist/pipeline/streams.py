@@ -1,0 +1,292 @@
+"""Where work runs: a compute stream, an urgent one beside it, and a lane for every communicator.
+
+    compute   phases, in the program's order
+    urgent    high priority: post/res of expert layers, which end the wait for a combine and start the next
+              layer (mHC paper, 4.3.3), and the plan of what arrives, which the host has to read. It waits for
+              what it reads and for nothing else, so it overtakes compute work that is queued already.
+    lanes     one per communicator: its transfers run in order, and different lanes never wait for each other
+
+Streams meet at events. The host waits for none of them, with one exception per expert layer: how many rows
+arrive decides the sizes of buffers (`PendingCounts`), and that wait is for the urgent stream alone.
+
+Memory follows three rules, which `hazards` proves of recorded runs. A transfer's buffers are held until the
+compute stream waits for its end (deferred free). What goes into or comes out of the urgent stream is marked
+as used on both (`keep`): the allocator then hands it out again only when both have passed its last use. And
+what autograd passes from stream to stream is autograd's business: it runs a backward where its forward ran.
+
+`HostStreams` is the CPU: one thread, what returns is over, and transfers are waited for by the host.
+`EventStreams` is a device with streams: `CudaDevice`, or one that records (`recording`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from time import perf_counter
+from typing import Any, Protocol, TypeVar
+
+import torch
+from torch import Tensor
+
+Result = TypeVar("Result")
+
+Token = Any
+"""A point in the work of a stream that other streams can wait for."""
+
+Mark = Any
+"""A point on the compute stream whose time is known once the step is over."""
+
+
+class Work(Protocol):
+    """A transfer as torch.distributed hands it out."""
+
+    def wait(self) -> object: ...
+
+    def is_completed(self) -> bool: ...
+
+
+class Flight(Protocol):
+    """A transfer on its lane; holds its buffers."""
+
+    def land(self) -> Token:
+        """The compute stream waits for the end of the transfer. Returns that end, for other streams."""
+        ...
+
+    def is_over(self) -> bool:
+        """True when the host knows that it has ended."""
+        ...
+
+
+class Streams(Protocol):
+    """What the executor, transfers and chunks need of streams."""
+
+    def begin(self) -> None:
+        """A program starts: what was done before it, to parameters above all, is done on every stream."""
+        ...
+
+    def transfer(self, lane: str, start: Callable[[], Work], buffers: Sequence[Tensor]) -> Flight:
+        """Start a transfer on its lane, after all work given to the compute stream so far."""
+        ...
+
+    def position(self) -> Token:
+        """The end of what the compute stream has been given so far."""
+        ...
+
+    def reading(self, tokens: Sequence[Token]) -> AbstractContextManager[None]:
+        """Around a phase: what it reads is there after `tokens`, for which the compute stream waits already."""
+        ...
+
+    def urgently(
+        self, run: Callable[..., Result], *inputs: Any, after: Sequence[Token] | None = None
+    ) -> Result:
+        """run(*inputs) on the urgent stream, after the tokens: by default those of the phase around it.
+
+        Whatever it reads was there by then or is made by itself. The compute stream goes on after it.
+        """
+        ...
+
+    def keep(self, tensors: Any) -> None:
+        """`tensors` are used on the compute and on the urgent stream, wherever they were made."""
+        ...
+
+    def mark(self) -> Mark: ...
+
+    def seconds(self, marks: Sequence[Mark]) -> list[float]:
+        """When the compute stream passed each mark, on this process's monotonic clock; waits for the last."""
+        ...
+
+
+class _HostFlight:
+    """A transfer that the host waits for."""
+
+    def __init__(self, work: Work, buffers: Sequence[Tensor]) -> None:
+        self._work, self._buffers = work, tuple(buffers)
+
+    def land(self) -> Token:
+        self._work.wait()
+        return None
+
+    def is_over(self) -> bool:
+        return self._work.is_completed()
+
+
+class HostStreams:
+    """One thread and no streams."""
+
+    def begin(self) -> None: ...
+
+    def transfer(self, lane: str, start: Callable[[], Work], buffers: Sequence[Tensor]) -> Flight:
+        return _HostFlight(start(), buffers)
+
+    def position(self) -> Token:
+        return None
+
+    @contextmanager
+    def reading(self, tokens: Sequence[Token]) -> Iterator[None]:
+        yield
+
+    def urgently(
+        self, run: Callable[..., Result], *inputs: Any, after: Sequence[Token] | None = None
+    ) -> Result:
+        return run(*inputs)
+
+    def keep(self, tensors: Any) -> None: ...
+
+    def mark(self) -> Mark:
+        return perf_counter()
+
+    def seconds(self, marks: Sequence[Mark]) -> list[float]:
+        return list(marks)
+
+
+class DeviceEvent(Protocol):
+    """As torch.cuda.Event."""
+
+    def query(self) -> bool: ...
+
+    def synchronize(self) -> None: ...
+
+    def elapsed_time(self, end: Any) -> float: ...
+
+
+class DeviceStream(Protocol):
+    """As torch.cuda.Stream."""
+
+    def wait_event(self, event: Any) -> None: ...
+
+    def record_event(self, event: Any = None) -> Any: ...
+
+
+class Device(Protocol):
+    """What `EventStreams` needs of a device."""
+
+    def compute_stream(self) -> DeviceStream: ...
+
+    def new_stream(self, name: str, *, urgent: bool) -> DeviceStream: ...
+
+    def timed_event(self) -> DeviceEvent: ...
+
+    def on(self, stream: DeviceStream) -> AbstractContextManager[Any]:
+        """Launch on `stream` and allocate from its memory."""
+        ...
+
+    def keep(self, tensor: Tensor, stream: DeviceStream) -> None:
+        """Once freed, the memory of `tensor` waits for `stream` before it is used again."""
+        ...
+
+
+class _EventFlight:
+    def __init__(self, end: DeviceEvent, compute: DeviceStream, buffers: Sequence[Tensor]) -> None:
+        self._end, self._compute = end, compute
+        self._buffers: tuple[Tensor, ...] = tuple(buffers)
+
+    def land(self) -> Token:
+        self._compute.wait_event(self._end)
+        # From here on the compute stream, from whose memory they are, comes after the transfer.
+        self._buffers = ()
+        return self._end
+
+    def is_over(self) -> bool:
+        return self._end.query()
+
+
+class EventStreams:
+    """Streams of a device that run side by side and meet at events."""
+
+    def __init__(self, device: Device) -> None:
+        self._device = device
+        self._compute = device.compute_stream()
+        self._urgent = device.new_stream("urgent", urgent=True)
+        self._lanes: dict[str, DeviceStream] = {}
+        self._read: Sequence[Token] = ()
+
+    def begin(self) -> None:
+        self._urgent.wait_event(self._compute.record_event())
+
+    def transfer(self, lane: str, start: Callable[[], Work], buffers: Sequence[Tensor]) -> Flight:
+        if lane not in self._lanes:
+            self._lanes[lane] = self._device.new_stream(lane, urgent=False)
+        stream = self._lanes[lane]
+        # Data to send is there, and memory to receive into is no longer used for anything else.
+        stream.wait_event(self._compute.record_event())
+        with self._device.on(stream):
+            # NCCL: makes the stream wait for the communicator's own one, not the host.
+            start().wait()
+        return _EventFlight(stream.record_event(), self._compute, buffers)
+
+    def position(self) -> Token:
+        return self._compute.record_event()
+
+    @contextmanager
+    def reading(self, tokens: Sequence[Token]) -> Iterator[None]:
+        outer, self._read = self._read, tokens
+        try:
+            yield
+        finally:
+            self._read = outer
+
+    def urgently(
+        self, run: Callable[..., Result], *inputs: Any, after: Sequence[Token] | None = None
+    ) -> Result:
+        for token in self._read if after is None else after:
+            self._urgent.wait_event(token)
+        self.keep(inputs)
+        with self._device.on(self._urgent):
+            outputs = run(*inputs)
+        self._compute.wait_event(self._urgent.record_event())
+        self.keep(outputs)
+        return outputs
+
+    def keep(self, tensors: Any) -> None:
+        for tensor in tensors_in(tensors):
+            self._device.keep(tensor, self._compute)
+            self._device.keep(tensor, self._urgent)
+
+    def mark(self) -> Mark:
+        return self._compute.record_event(self._device.timed_event())
+
+    def seconds(self, marks: Sequence[Mark]) -> list[float]:
+        last: DeviceEvent = marks[-1]
+        last.synchronize()
+        now = perf_counter()
+        return [now - mark.elapsed_time(last) / 1e3 for mark in marks]
+
+
+class CudaDevice:
+    """CUDA. `cuda` is torch.cuda, or what stands for it in a test."""
+
+    def __init__(self, device: torch.device, cuda: Any = torch.cuda) -> None:
+        self._device, self._cuda = device, cuda
+
+    def compute_stream(self) -> DeviceStream:
+        stream: DeviceStream = self._cuda.current_stream(self._device)
+        return stream
+
+    def new_stream(self, name: str, *, urgent: bool) -> DeviceStream:
+        stream: DeviceStream = self._cuda.Stream(self._device, priority=-1 if urgent else 0)
+        return stream
+
+    def timed_event(self) -> DeviceEvent:
+        event: DeviceEvent = self._cuda.Event(enable_timing=True)
+        return event
+
+    def on(self, stream: DeviceStream) -> AbstractContextManager[Any]:
+        context: AbstractContextManager[Any] = self._cuda.stream(stream)
+        return context
+
+    def keep(self, tensor: Tensor, stream: Any) -> None:
+        tensor.record_stream(stream)
+
+
+def make_streams(device: torch.device) -> Streams:
+    """The streams of a rank that computes on `device`."""
+    return EventStreams(CudaDevice(device)) if device.type == "cuda" else HostStreams()
+
+
+def tensors_in(values: Any) -> Iterator[Tensor]:
+    """All tensors in nested tuples and lists."""
+    if isinstance(values, Tensor):
+        yield values
+    elif isinstance(values, tuple | list):
+        for value in values:
+            yield from tensors_in(value)
