@@ -30,6 +30,7 @@ from mhc_dist.guard.exit_codes import ExitCode
 from mhc_dist.guard.last_words import LastWords
 from mhc_dist.guard.peers import PeerWatch, WatchLimits
 from mhc_dist.guard.signals import SignalInbox
+from mhc_dist.guard.stop import StopKind
 from mhc_dist.model.flops import model_flops_per_token
 from mhc_dist.observe.metrics import Work
 from mhc_dist.observe.reporter import RunReporter, StepFigures
@@ -123,7 +124,7 @@ def train(config: RunConfig, place: Place, device: torch.device, watch: PeerWatc
     ) as reporter:
         reporter.announce(describe(config, programs, tokens.description, device))
         for step in range(config.train.steps):
-            figures = train_step(worker, batches, step, stop=watch.stop_reason is not None)
+            figures = train_step(worker, batches, step, stop=watch.stop_kind)
             reporter.trace(figures)
             is_last = step + 1 == config.train.steps
             every = config.train.validate_every
@@ -131,14 +132,14 @@ def train(config: RunConfig, place: Place, device: torch.device, watch: PeerWatc
             reporter.step(figures, validate(worker, windows) if due and not figures.stop else None)
             if figures.stop:
                 reporter.announce(f"stopped after step {step + 1} of {config.train.steps} on request")
-                return ExitCode.STOPPED
+                return figures.stop.exit_code
         if bigram is not None:
             reporter.finish(bigram.loss(*windows.sequences(0, windows.num_sequences)))
     worker.engine.close()
     return ExitCode.OK
 
 
-def train_step(worker: Worker, batches: Batches, step: int, *, stop: bool) -> StepFigures:
+def train_step(worker: Worker, batches: Batches, step: int, stop: StopKind | None = None) -> StepFigures:
     """One optimizer step over the global batch of `step` (counted from 0).
 
     `stop`: this rank was asked to stop; the figures say whether any rank was.
@@ -148,7 +149,7 @@ def train_step(worker: Worker, batches: Batches, step: int, *, stop: bool) -> St
     data_seconds = time.perf_counter() - start
     output = worker.executor.run(worker.programs.training, microbatches, worker)
     outcome = worker.take_outcome()
-    verdict = worker.agree(output.losses, stop=stop)
+    verdict = worker.agree(output.losses, stop)
     rate = worker.config.model.balance_rate if outcome.applied else 0.0
     load_ratios = balance_routers((router for _, router in worker.stage.routers()), rate, worker.groups.data)
     return StepFigures(
@@ -157,6 +158,7 @@ def train_step(worker: Worker, batches: Batches, step: int, *, stop: bool) -> St
         grad_norm=outcome.grad_norm,
         learning_rate=outcome.learning_rate,
         applied=outcome.applied,
+        loss_finite=outcome.losses_finite,
         stop=verdict.stop,
         num_tokens=worker.config.tokens_per_step,
         seconds=time.perf_counter() - start,

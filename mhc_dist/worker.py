@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -13,6 +13,7 @@ from torch import Tensor
 
 from mhc_dist.config import RunConfig
 from mhc_dist.data.batches import Sequences
+from mhc_dist.guard.stop import StopKind
 from mhc_dist.optim.deepspeed_engine import OptimizerEngine, StepOutcome
 from mhc_dist.parallel.boundary import message_shape
 from mhc_dist.parallel.expert_exchange import ExpertExchange
@@ -33,7 +34,7 @@ class StepVerdict(NamedTuple):
     """What all ranks know alike after a step: its mean loss, and whether anyone was asked to stop."""
 
     loss: float
-    stop: bool
+    stop: StopKind | None
 
 
 @dataclass
@@ -118,8 +119,8 @@ class Worker:
     def reduce(self) -> None:
         self.engine.reduce_gradients()
 
-    def step(self) -> None:
-        self._outcome = self.engine.finish_step()
+    def step(self, losses: Sequence[Tensor]) -> None:
+        self._outcome = self.engine.finish_step(losses)
 
     def take_outcome(self) -> StepOutcome:
         """What the last optimizer step did."""
@@ -127,9 +128,12 @@ class Worker:
         outcome, self._outcome = self._outcome, None
         return outcome
 
-    def agree(self, losses: list[Tensor], *, stop: bool = False) -> StepVerdict:
+    def agree(self, losses: list[Tensor], stop: StopKind | None = None) -> StepVerdict:
         """Mean loss over all microbatches of all data ranks, and stop requests. Collective, one host sync."""
         mean = torch.stack(losses).double().mean().item() if losses else 0.0
-        facts = torch.tensor([mean, float(bool(losses)), float(stop)], dtype=torch.float64)
+        asked = [float(stop is kind) for kind in StopKind]
+        facts = torch.tensor([mean, float(bool(losses)), *asked], dtype=torch.float64)
         dist.all_reduce(facts, group=self.groups.control)
-        return StepVerdict(loss=(facts[0] / facts[1]).item(), stop=bool(facts[2] > 0))
+        # Ranks hear of a request at different moments: it counts as soon as one has.
+        heard = [kind for kind, count in zip(StopKind, facts[2:], strict=True) if count > 0]
+        return StepVerdict(loss=(facts[0] / facts[1]).item(), stop=heard[-1] if heard else None)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -22,7 +23,7 @@ class Nobody:
 
     def reduce(self) -> None: ...
 
-    def step(self) -> None: ...
+    def step(self, losses: Sequence[Tensor]) -> None: ...
 
     def send(self, tensor: Tensor, peer: int) -> None:
         raise AssertionError(f"one pipeline rank has no neighbour {peer}")

@@ -19,4 +19,10 @@ class ExitCode(IntEnum):
     STUCK = 82
     """An action took longer than allowed; the message says what every rank was doing."""
     STOPPED = 83
-    """Ended on request (SIGTERM, SIGUSR1, Ctrl-C) before the last step."""
+    """Ended on request (SIGTERM, Ctrl-C) before the last step; the state is saved."""
+    PREEMPTED = 84
+    """The same after SIGUSR1, a scheduler's warning: start the run again with --resume auto."""
+    DIVERGED = 85
+    """Losses or gradients stayed not finite, even after returning to the last checkpoint."""
+    UNSAVED = 86
+    """Ended on request, but the last checkpoint could not be written; an earlier one is there, if any."""

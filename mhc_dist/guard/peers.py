@@ -31,6 +31,7 @@ from mhc_dist.guard.board import Board, KeyValueStore, Notice, NoticeKind, RankS
 from mhc_dist.guard.exit_codes import ExitCode
 from mhc_dist.guard.liveness import ProcessName, is_alive, this_process
 from mhc_dist.guard.signals import SignalInbox
+from mhc_dist.guard.stop import StopKind
 from mhc_dist.guard.timed_store import TimedStore
 
 POLL_SECONDS = 0.2
@@ -191,6 +192,12 @@ class PeerWatch:
         """Why the run should end soon (for example `SIGTERM on rank 3`), or None. The same on all ranks,
         but not at the same instant: agree on the step to stop at before acting on it."""
         return self._stop_reason
+
+    @property
+    def stop_kind(self) -> StopKind | None:
+        """What kind of end `stop_reason` asks for."""
+        reason = self._stop_reason
+        return None if reason is None else StopKind.of(signal.Signals[reason.partition(" ")[0]])
 
     def report_failure(self, error: BaseException) -> None:
         """Tell the other ranks that this one is about to exit because of `error`.

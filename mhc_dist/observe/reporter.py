@@ -18,6 +18,7 @@ from typing import Self
 import psutil
 
 from mhc_dist.config import RunConfig
+from mhc_dist.guard.stop import StopKind
 from mhc_dist.observe.exporter import start_exporter
 from mhc_dist.observe.loss_plot import plot_loss
 from mhc_dist.observe.metrics import CommOp, CommUse, RankLabels, RankStep, RunStep, TrainMetrics, Work
@@ -42,7 +43,8 @@ class StepFigures:
     grad_norm: float
     learning_rate: float
     applied: bool
-    stop: bool
+    loss_finite: bool
+    stop: StopKind | None
     num_tokens: int
     seconds: float
     data_seconds: float

@@ -42,8 +42,11 @@ class StepEnd(Protocol):
 
     def reduce(self) -> None: ...
 
-    def step(self) -> float | None:
-        """Returns the seconds it waited for other ranks to get here, where it knows them."""
+    def step(self, losses: Sequence[Tensor]) -> float | None:
+        """Gets this rank's losses of the step, to refuse one that is not finite.
+
+        Returns the seconds it waited for other ranks to get here, where it knows them.
+        """
         ...
 
 
@@ -208,7 +211,7 @@ class _Run:
                 self._step_end.reduce()
             case ActionKind.STEP:
                 assert self._step_end is not None, "the program steps the optimizer but none was given"
-                return _Done(starved_seconds=self._step_end.step() or 0.0)
+                return _Done(starved_seconds=self._step_end.step(list(self.losses.values())) or 0.0)
             case ActionKind.RECOMPUTE:
                 self._of(action).recompute(self._phase(action))
         return _NOTHING_MOVED

@@ -65,7 +65,7 @@ class Rank(NamedTuple):
         """Losses and gradient norms."""
         batches = FixedBatches(self.worker.config)
         figures = [
-            train_step(self.worker, batches, step, stop=False)  # type: ignore[arg-type]
+            train_step(self.worker, batches, step)  # type: ignore[arg-type]
             for step in range(first_step, first_step + num_steps)
         ]
         return [(step.loss, step.grad_norm) for step in figures]

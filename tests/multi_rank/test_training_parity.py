@@ -13,6 +13,7 @@ The rate is 1e-4: weights move by about 4e-4, and 1e-6 is 0.3 % of that.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import pytest
@@ -79,12 +80,12 @@ class GradientKeeper(Worker):
 
     first_gradients: dict[str, Tensor]
 
-    def step(self) -> None:
+    def step(self, losses: Sequence[Tensor]) -> None:
         if not hasattr(self, "first_gradients"):
             self.first_gradients = {
                 name: gradient.clone() for name, gradient in self.engine.reduced_gradients().items()
             }
-        super().step()
+        super().step(losses)
 
 
 def train_on_rank(rank: int, config: RunConfig) -> Trained:
@@ -94,7 +95,7 @@ def train_on_rank(rank: int, config: RunConfig) -> Trained:
     groups = ProcessGroups.build(topology)
     worker = GradientKeeper.build(config, plan_run(config), topology, groups, torch.device("cpu"))
     batches = FixedBatches(config)
-    figures = [train_step(worker, batches, step, stop=False) for step in range(NUM_STEPS)]  # type: ignore[arg-type]
+    figures = [train_step(worker, batches, step) for step in range(NUM_STEPS)]  # type: ignore[arg-type]
     first_expert = {
         f"{name}.": module.first_expert
         for name, module in worker.stage.named_modules()
