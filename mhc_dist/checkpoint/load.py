@@ -44,7 +44,7 @@ def choose(request: str, run_folder: Path, group: dist.ProcessGroup) -> Chosen |
     Ranks share the reading: each verifies every n-th file. Raises CheckpointError, on all ranks alike, when
     nothing that was asked for is in order.
     """
-    wanted = _from_first(lambda: candidates(request, run_folder), group)
+    wanted = from_first_rank(lambda: candidates(request, run_folder), group)
     passed_over: list[tuple[Path, str]] = []
     for folder in wanted.folders:
         manifest, damage = _verify(folder, group)
@@ -76,7 +76,8 @@ def load(chosen: Chosen, state: RankState, group: dist.ProcessGroup) -> None:
     except CheckpointException as error:
         rank, (cause, _) = min(error.failures.items())
         if not isinstance(cause, (OSError, CheckpointError)):
-            raise
+            # torch's own is no Exception, and nobody would catch it.
+            raise RuntimeError(str(error)) from error
         raise CheckpointError(f"{chosen.folder} cannot be loaded: rank {rank}: {cause}") from error
     state.loaded(fragments, progress.step, progress.num_updates)
 
@@ -111,7 +112,7 @@ def _verify(folder: Path, group: dist.ProcessGroup) -> tuple[Manifest | None, li
     return manifest, list(dict.fromkeys(sentence for part in everyones for sentence in part))
 
 
-def _from_first(make: Any, group: dist.ProcessGroup) -> Any:
+def from_first_rank(make: Any, group: dist.ProcessGroup) -> Any:
     """What rank 0 makes, on all ranks; its CheckpointError, too. File systems may show others less."""
     made: list[Any] = [None]
     if dist.get_rank(group) == 0:

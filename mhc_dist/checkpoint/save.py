@@ -197,7 +197,8 @@ class Saver:
         reasons = []
         for rank, (cause, _) in sorted(error.failures.items()):
             if not isinstance(cause, (OSError, CheckpointError)):
-                raise error
+                # torch's own is no Exception, and nobody would catch it.
+                raise RuntimeError(str(error)) from error
             reasons.append(f"rank {rank}: {cause}")
         if self._rank == 0:
             folder = step_folder(self._checkpoints, step)

@@ -39,35 +39,45 @@ class Batches:
     """Training batches: every epoch visits each window once, in a new random order.
 
     Sequence `index` of step `step` (counted from 0) is number `step * sequences_per_step + index` of an
-    endless stream of epochs. An epoch cuts the tokens into non-overlapping windows starting at a random
-    offset, so that over epochs every token is seen at every place in a window.
+    endless stream of epochs (or counted on from `done`). An epoch cuts the tokens into non-overlapping
+    windows starting at a random offset, so that over epochs every token is seen at every place in a window.
 
     Args:
         tokens: the training split.
         sequence_length: L.
         seed: data.seed.
         sequences_per_step: the global batch: data ranks x microbatches x sequences per microbatch.
+        done: where a run stands that did not start here: its number of steps, and of sequences of the stream
+            these have taken. Steps from there on take what follows, whatever the size of a batch was before.
     """
 
-    def __init__(self, tokens: TokenArray, sequence_length: int, seed: int, sequences_per_step: int) -> None:
+    def __init__(
+        self,
+        tokens: TokenArray,
+        sequence_length: int,
+        seed: int,
+        sequences_per_step: int,
+        done: tuple[int, int] = (0, 0),
+    ) -> None:
         check_num_tokens("training", len(tokens), sequence_length)
         assert sequences_per_step >= 1, sequences_per_step
         self._tokens = tokens
         self._sequence_length = sequence_length
         self._seed = seed
         self._sequences_per_step = sequences_per_step
+        self._done_steps, self._done_sequences = done
         # The last input needs a target, hence -1; the offset takes up to L - 1 tokens more.
         self.num_windows = (len(tokens) - 1 - (sequence_length - 1)) // sequence_length
 
     def sequences(self, step: int, first: int, count: int) -> Sequences:
         """Sequences first .. first+count-1 of the global batch of `step`; (count, L) int64 twice."""
-        assert step >= 0, step
+        assert step >= self._done_steps, (step, self._done_steps)
         assert 0 <= first <= first + count <= self._sequences_per_step, (
             first,
             count,
             self._sequences_per_step,
         )
-        position = step * self._sequences_per_step + first
+        position = self._done_sequences + (step - self._done_steps) * self._sequences_per_step + first
         starts = [self._start(position + row) for row in range(count)]
         return _cut(self._tokens, starts, self._sequence_length)
 
