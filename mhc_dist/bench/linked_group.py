@@ -21,7 +21,8 @@ from torch import Tensor
 
 from mhc_dist.parallel.emulated_link import EmulatedLink
 
-BACKEND = "emulated_link"
+BACKEND = "bench_link"
+ALL_TO_ALL_TAG = 1  # messages between pipeline ranks have 0
 
 
 @dataclass
@@ -35,17 +36,20 @@ class Route:
 class _Transfer:
     """Handle of an all-to-all or a SEND: over when the data has moved and the link has delivered."""
 
-    work: dist.Work
-    link: EmulatedLink
+    works: tuple[dist.Work, ...]
+    link: EmulatedLink | None
     landing: float
 
     def wait(self, timeout: timedelta | None = None) -> bool:
-        self.work.wait()
-        self.link.wait(self.landing)
+        for work in self.works:
+            work.wait()
+        if self.link is not None:
+            self.link.wait(self.landing)
         return True
 
     def is_completed(self) -> bool:
-        return self.work.is_completed() and self.link.clock() >= self.landing
+        landed = self.link is None or self.link.clock() >= self.landing
+        return landed and all(work.is_completed() for work in self.works)
 
 
 @dataclass
@@ -81,7 +85,7 @@ class LinkedGroup(dist.ProcessGroup):
         self._register_backend(torch.device("cpu"), dist.ProcessGroup.BackendType.GLOO, gloo)  # type: ignore[attr-defined]
         self._set_default_backend(dist.ProcessGroup.BackendType.GLOO)  # type: ignore[attr-defined]
 
-    def getBackendName(self) -> str:
+    def getBackendName(self) -> str:  # noqa: N802 - torch's name for it
         return BACKEND
 
     # Not inherited: the base class calls its backend without giving up the interpreter's lock, and gloo's
@@ -99,7 +103,7 @@ class LinkedGroup(dist.ProcessGroup):
     def barrier(self, *arguments: Any, **named: Any) -> Any:
         return self._gloo.barrier(*arguments, **named)
 
-    def alltoall_base(
+    def all_to_all_single(
         self,
         output: Tensor,
         input: Tensor,
@@ -107,17 +111,21 @@ class LinkedGroup(dist.ProcessGroup):
         input_split_sizes: list[int],
         opts: Any = None,
     ) -> Any:
-        opts = opts or dist.AllToAllOptions()
-        work = self._gloo.alltoall_base(output, input, output_split_sizes, input_split_sizes, opts)
+        """Message by message, receives first.
+
+        gloo's own all-to-all sends first: a rank that comes late then puts its announcement that it is ready
+        to receive behind its own data, and the two directions of a slow link take turns.
+        """
+        size, own = self.size(), self.rank()
+        outputs = output.split(output_split_sizes or output.shape[0] // size)
+        inputs = input.split(input_split_sizes or input.shape[0] // size)
+        others = [(own + step) % size for step in range(1, size)]
+        works = [self._gloo.recv([outputs[rank]], rank, ALL_TO_ALL_TAG) for rank in others]
+        works += [self._gloo.send([inputs[rank]], rank, ALL_TO_ALL_TAG) for rank in others]
+        outputs[own].copy_(inputs[own])
         link = self._route.link
-        if link is None:
-            return work
-        if input_split_sizes:
-            own_rows = input_split_sizes[self.rank()]
-        else:
-            own_rows = input.shape[0] // self.size()
-        row_bytes = input.element_size() * (input.numel() // max(1, input.shape[0]))
-        return _Transfer(work, link, link.send((input.shape[0] - own_rows) * row_bytes))
+        payload_bytes = sum(inputs[rank].numel() for rank in others) * input.element_size()
+        return _Transfer(tuple(works), link, 0.0 if link is None else link.send(payload_bytes))
 
     def send(self, tensors: Sequence[Tensor], dstRank: int, tag: int = 0) -> Any:
         link = self._route.link
@@ -129,7 +137,7 @@ class LinkedGroup(dist.ProcessGroup):
         seconds = link.seconds(payload_bytes)
         note = torch.tensor([landing - seconds, seconds], dtype=torch.float64)
         self._gloo.send([note], dstRank, tag).wait()
-        return _Transfer(self._gloo.send([tensor], dstRank, tag), link, landing)
+        return _Transfer((self._gloo.send([tensor], dstRank, tag),), link, landing)
 
     def recv(self, tensors: Sequence[Tensor], srcRank: int, tag: int = 0) -> Any:
         link = self._route.link

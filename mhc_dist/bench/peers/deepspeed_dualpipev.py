@@ -41,8 +41,9 @@ class DeepSpeedDualPipeV:
         self._setting = setting
         self._chunks = own_chunks(setting, pace, hide_shared=hide_shared)
         topology = setting.topology
-        num_chunks = 2 * topology.pipeline
-        layers: list[nn.Module] = [self._chunks.get(index, nn.Identity()) for index in range(num_chunks)]
+        layers: list[nn.Module] = [
+            self._chunks.get(index, nn.Identity()) for index in range(setting.num_chunks)
+        ]
         logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
         # Compiled for a minute at first use, and not needed: it is for reductions on one host.
         compatible_ops["deepspeed_shm_comm"] = False
@@ -59,7 +60,9 @@ class DeepSpeedDualPipeV:
         sequences = setting.config.data.sequences_per_microbatch
         engine, *_ = deepspeed.initialize(
             model=module,
-            optimizer=torch.optim.SGD(module.parameters(), lr=0.0),  # the engine insists on one; never stepped
+            optimizer=torch.optim.SGD(
+                module.parameters(), lr=0.0
+            ),  # the engine insists on one; never stepped
             config={
                 "train_micro_batch_size_per_gpu": sequences,
                 "gradient_accumulation_steps": num_microbatches,

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from mhc_dist.config import RunConfig
 from mhc_dist.parallel.expert_exchange import ExpertExchange
+from mhc_dist.parallel.layout import ChunkPlace
 from mhc_dist.parallel.process_groups import ProcessGroups
 from mhc_dist.pipeline.executor import Microbatch
 from mhc_dist.topology import Topology
@@ -38,6 +39,7 @@ class Setting:
     """Where and with what an engine runs."""
 
     config: RunConfig
+    places: tuple[ChunkPlace, ...]
     topology: Topology
     groups: ProcessGroups
     exchange: ExpertExchange
@@ -48,7 +50,11 @@ class Setting:
     def chunk_indices(self) -> tuple[int, int]:
         """The two chunks of this rank in a V."""
         first = self.topology.pipeline_rank
-        return first, 2 * self.topology.pipeline - 1 - first
+        return first, self.num_chunks - 1 - first
+
+    @property
+    def num_chunks(self) -> int:
+        return len(self.places)
 
     @property
     def streams_shape(self) -> tuple[int, int, int]:

@@ -13,19 +13,17 @@ from mhc_dist.bench.peers.engines import Setting
 from mhc_dist.config_sections import RecomputeConfig
 from mhc_dist.model.language_model import Head
 from mhc_dist.parallel.chunk import ModelChunk
-from mhc_dist.parallel.layout import chunk_places
 
 
 def own_chunks(setting: Setting, pace: Pace, *, hide_shared: bool) -> dict[int, DifferentiableChunk]:
     """This rank's two chunks, by index."""
     config = setting.config.model_copy(update={"recompute": RecomputeConfig(mode="none")})
-    places = chunk_places(config, 2 * setting.topology.pipeline)
     chunks = {}
     for index in setting.chunk_indices:
         # Engines compute the loss by themselves, so the last chunk ends with its streams, before the head.
-        place = replace(places[index], is_last=False)
+        place = replace(setting.places[index], is_last=False)
         chunk = ModelChunk(config, place, setting.backend, setting.exchange, setting.topology.expert_rank)
-        head = Head(config) if places[index].is_last else None
+        head = Head(config) if setting.places[index].is_last else None
         chunks[index] = DifferentiableChunk(chunk, head, pace, hide_shared=hide_shared)
         chunks[index].initialize(config)
     return chunks

@@ -60,7 +60,7 @@ class TorchDualPipeV:
     def _stage(self, index: int, chunk: DifferentiableChunk, pace: Pace, group: Any) -> PipelineStage:
         streams = torch.empty(self._setting.streams_shape, requires_grad=True)
         tokens = self._setting.microbatches[0].tokens
-        place = (chunk, index, 2 * self._setting.topology.pipeline, CPU)
+        place = (chunk, index, self._setting.num_chunks, CPU)
         shapes = {"input_args": (tokens if index == 0 else streams,), "output_args": (streams,)}
         if isinstance(pace, Nominal):
             return _PacedStage(pace, *place, **shapes, group=group)
