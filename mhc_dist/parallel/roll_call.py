@@ -8,6 +8,7 @@ verdict: the whole list, or one sentence about what is wrong.
     roll_call/RANK/claims     how many processes say that they are RANK
     roll_call/RANK            the rank's own entry
     roll_call/verdict         rank 0's answer
+    roll_call/heard           how many ranks have read it
 """
 
 from __future__ import annotations
@@ -18,11 +19,15 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from datetime import timedelta
-from typing import Protocol
+from typing import Any, Protocol
 
 POLL_SECONDS = 0.05
 VERDICT_MARGIN_SECONDS = 15.0
 """How long rank 0 may take to answer after its own time is up."""
+
+
+HEARD_SECONDS = 5.0
+"""How long rank 0 stays for the others to read that the run cannot start."""
 
 
 class Store(Protocol):
@@ -90,16 +95,19 @@ def roll_call(store: Store, own: Entry, timeout_seconds: float) -> Roll:
     if num_claims == 1:
         store.set(f"roll_call/{own.rank}", json.dumps(asdict(own)))
     if own.rank == 0 and num_claims == 1:
-        store.set("roll_call/verdict", json.dumps(_verdict(store, own, timeout_seconds)))
+        content = _verdict(store, own, timeout_seconds)
+        store.set("roll_call/verdict", json.dumps(content))
+        if content["problem"] is not None:
+            # The store goes away with this process.
+            _wait_until_heard(store, len(content["entries"]) - 1)
     else:
-        _wait_for_verdict(store, own, timeout_seconds)
-    content = json.loads(store.get("roll_call/verdict"))
+        content = _verdict_of_rank_0(store, own, timeout_seconds)
     if content["problem"] is not None:
         raise RollCallError(content["problem"], author=own.rank == 0)
     return Roll(tuple(Entry(**fields) for fields in content["entries"]))
 
 
-def _verdict(store: Store, own: Entry, timeout_seconds: float) -> dict[str, object]:
+def _verdict(store: Store, own: Entry, timeout_seconds: float) -> dict[str, Any]:
     entries = _collect(store, own.world_size, timeout_seconds)
     problem = problem_with(entries, own.world_size, _doubled(store, own.world_size), timeout_seconds)
     return {"problem": problem, "entries": [asdict(entry) for entry in entries]}
@@ -123,16 +131,25 @@ def _doubled(store: Store, world_size: int) -> list[int]:
     return [rank for rank in range(world_size) if store.add(f"roll_call/{rank}/claims", 0) > 1]
 
 
-def _wait_for_verdict(store: Store, own: Entry, timeout_seconds: float) -> None:
+def _verdict_of_rank_0(store: Store, own: Entry, timeout_seconds: float) -> dict[str, Any]:
     try:
         store.wait(["roll_call/verdict"], timedelta(seconds=timeout_seconds + VERDICT_MARGIN_SECONDS))
+        verdict: dict[str, Any] = json.loads(store.get("roll_call/verdict"))
+        store.add("roll_call/heard", 1)
     except RuntimeError as error:
+        reason = str(error).partition("\n")[0]
         raise RollCallError(
-            f"{own}: rank 0 has not answered within {timeout_seconds:g} s at the master address. Did its"
-            " process start, and is it the one that listens there? Look at rank 0's output, and start all"
-            " processes of one run together.",
+            f"{own} waited for rank 0, which did not answer: {reason}. Rank 0's output says why it ended; if"
+            " it was never started, start all processes of one run together.",
             author=True,
         ) from error
+    return verdict
+
+
+def _wait_until_heard(store: Store, num_others: int) -> None:
+    deadline = time.monotonic() + HEARD_SECONDS
+    while store.add("roll_call/heard", 0) < num_others and time.monotonic() < deadline:
+        time.sleep(POLL_SECONDS)
 
 
 def problem_with(
