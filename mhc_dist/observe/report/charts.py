@@ -15,7 +15,7 @@ from mhc_dist.observe.report.run_record import RunRecord
 from mhc_dist.observe.report.thin import thin
 from mhc_dist.pipeline.trace import StepPhase
 
-WIDTH, HEIGHT = 8.0, 3.6
+WIDTH, HEIGHT = 5.8, 3.2
 
 PHASE_COLOURS = {
     StepPhase.FORWARD: "#3b82d6",

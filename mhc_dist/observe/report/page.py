@@ -11,7 +11,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined, select_autoescap
 from mhc_dist.observe.report.charts import WIDTH, Chart
 from mhc_dist.observe.report.ink import png, svg
 
-WIDE = 2 * WIDTH
+WIDE = 10.5
 
 
 @dataclass(frozen=True)
@@ -65,7 +65,7 @@ def write_page(page: Page, path: Path, pictures: Path | None = None) -> None:
     drawn = []
     for chart in page.charts:
         wide = chart.slug in page.wide
-        width = WIDE * 0.75 if wide else WIDTH
+        width = WIDE if wide else WIDTH
         drawn.append(
             {
                 "title": chart.title,
