@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import chain
 
 from mhc_dist.pipeline.action import Action, ActionKind, ChunkShape, Layout, Pass, Program
 from mhc_dist.pipeline.cost import CostTable, bytes_at_end, bytes_at_start
@@ -146,6 +147,7 @@ class _Placer:
             for c, flow in enumerate(flows)
         ]
         self._slots: dict[_Key, list[Step]] = {}
+        self._bytes: dict[tuple[int, bool, bool], int] = {}
 
     @property
     def has_exchanges(self) -> bool:
@@ -189,6 +191,9 @@ class _Placer:
         if self._placement.memory_budget is not None:
             receive_buffers = RECEIVE_BUFFERS * self._costs.message.payload_bytes
             headroom = self._placement.memory_budget - state.live - receive_buffers
+            # Ample memory is all alike, so that such slots share their result.
+            if headroom >= sum(map(self._most_bytes, units)) + sum(map(self._filler_bytes, chain(*queues))):
+                headroom = None
         key: _Key = (
             tuple((u.chunk, u.is_backward, u.split_weights, u.keeps_weights, u.finished) for u in units),
             tuple(map(tuple, queues)),
@@ -221,6 +226,29 @@ class _Placer:
                 )
             if op.kind is OpKind.F:
                 state.forwarded.add((op.chunk, op.microbatch))
+
+    def _most_bytes(self, unit: Unit) -> int:
+        """What a pass can add to live memory if nothing is given back meanwhile."""
+        key = (unit.chunk, unit.is_backward, unit.split_weights)
+        if key not in self._bytes:
+            actions = [
+                Action(
+                    node.kind,
+                    unit.chunk,
+                    0,
+                    node.item,
+                    node.direction,
+                    defer_weights=node.kind is ActionKind.GRADIENT
+                    and unit.split_weights
+                    and node.has_weights,
+                )
+                for node in unit.graph.nodes
+            ]
+            self._bytes[key] = sum(bytes_at_start(action, self._costs) for action in actions)
+        return self._bytes[key]
+
+    def _filler_bytes(self, filler: Filler) -> int:
+        return bytes_at_start(Action(filler.kind, filler.chunk, 0, filler.item), self._costs)
 
     def _prefetch(self, state: _RankState, op: Op | None) -> list[Filler]:
         """What the next backward will have to recompute, if its forward has run."""

@@ -13,45 +13,44 @@ from mhc_dist.plan.evaluate import Evaluation, evaluate
 from mhc_dist.plan.layout import Layout, cached_schedule, model_ranks, planned_shapes, sized
 from mhc_dist.plan.machine import Machine
 
-MOST_SHIFTS = 24
-"""Simulated steps that are spent on shifting boundaries of one layout."""
 
-
-def best_boundaries(config: RunConfig, machine: Machine, evaluation: Evaluation) -> Evaluation:
-    """`evaluation` with the boundaries that make its step fastest within memory, written into its layout.
-
-    Starts from the run's own boundaries and from balances by time; a boundary then moves by one layer as long
-    as that helps. Deterministic.
-    """
-    layout = evaluation.layout
-    chunk_rank = ranks_of(layout)
-    own = tuple(partition(config, chunk_rank))
-    best = replace(evaluation, layout=replace(layout, boundaries=own))
-
-    def attempt(boundaries: tuple[int, ...]) -> bool:
-        nonlocal best
-        found = evaluate(config, machine, replace(layout, boundaries=boundaries))
-        better = found.peak_bytes <= machine.memory_budget and found.step_seconds < best.step_seconds
-        if better:
-            best = found
-        return better
-
-    tried = {own}
-    for boundaries in balances(config, machine, layout):
-        if boundaries not in tried:
-            tried.add(boundaries)
-            attempt(boundaries)
-    improved = True
-    while improved and len(tried) < MOST_SHIFTS:
-        improved = False
-        assert best.layout.boundaries is not None
-        for boundaries in shifts(best.layout.boundaries):
-            if boundaries not in tried and len(tried) < MOST_SHIFTS:
-                tried.add(boundaries)
-                if attempt(boundaries):
-                    improved = True
-                    break
+def best_balance(config: RunConfig, machine: Machine, evaluation: Evaluation) -> Evaluation:
+    """The run's own boundaries or a balance by time: the fastest that fits, written into the layout."""
+    own = tuple(partition(config, ranks_of(evaluation.layout)))
+    best = replace(evaluation, layout=replace(evaluation.layout, boundaries=own))
+    for boundaries in dict.fromkeys(balances(config, machine, best.layout)):
+        if boundaries != own:
+            best = _better(config, machine, best, boundaries)
     return best
+
+
+def best_shifts(config: RunConfig, machine: Machine, best: Evaluation, num_tries: int) -> Evaluation:
+    """Moves one boundary after the other by one layer, as long as that helps, in at most `num_tries`
+    simulated steps. Deterministic.
+    """
+    assert best.layout.boundaries is not None
+    tried = {best.layout.boundaries}
+    while True:
+        before = best
+        assert before.layout.boundaries is not None
+        for boundaries in shifts(before.layout.boundaries):
+            if boundaries in tried:
+                continue
+            if len(tried) > num_tries:
+                return best
+            tried.add(boundaries)
+            best = _better(config, machine, best, boundaries)
+            if best is not before:
+                break
+        else:
+            return best
+
+
+def _better(config: RunConfig, machine: Machine, best: Evaluation, boundaries: tuple[int, ...]) -> Evaluation:
+    """`best`, or the same layout cut at `boundaries` if that is faster and fits."""
+    found = evaluate(config, machine, replace(best.layout, boundaries=boundaries))
+    fits = found.peak_bytes <= machine.memory_budget
+    return found if fits and found.step_seconds < best.step_seconds else best
 
 
 def ranks_of(layout: Layout) -> tuple[int, ...]:

@@ -3,7 +3,8 @@
 The breakdown switches costs on one after the other, from the best plain layout to the run itself, so its
 parts add up to the whole exactly:
 
-    memory-forced   the plain residual in the run's layout, against its own best layout
+    memory-forced   the plain residual in the run's layout, against its own best, where the run does not fit
+    layout          the same where it would fit, but is slower: what it adds costs more in that layout
     kernels         the connections' kernels instead of one fused add and norm
     recompute       regenerating streams
     p2p             n streams between pipeline ranks instead of one
@@ -17,6 +18,7 @@ from mhc_dist.config import RunConfig
 from mhc_dist.plan.charge import Charge
 from mhc_dist.plan.costs import plain_residual
 from mhc_dist.plan.evaluate import Evaluation, evaluate
+from mhc_dist.plan.layout import Layout
 from mhc_dist.plan.machine import Machine
 from mhc_dist.plan.search import same_layout, search
 
@@ -58,5 +60,12 @@ def overhead(config: RunConfig, machine: Machine, num_devices: int, chosen: Eval
     base = best_plain.step_seconds
     names = ("kernels", "recompute", "p2p")
     breakdown = {name: (steps[i + 1] - steps[i]) / base for i, name in enumerate(names)}
-    breakdown["memory_forced"] = (in_layout.step_seconds - base) / base
+    moved = (in_layout.step_seconds - base) / base
+    fits = best_plain is in_layout or _fits(config, machine, best_plain.layout)
+    breakdown["memory_forced"] = 0.0 if fits else moved
+    breakdown["layout"] = moved if fits else 0.0
     return Overhead((chosen.step_seconds - base) / base, breakdown, best_plain, in_layout)
+
+
+def _fits(config: RunConfig, machine: Machine, layout: Layout) -> bool:
+    return evaluate(config, machine, layout).peak_bytes <= machine.memory_budget

@@ -13,7 +13,7 @@ from mhc_dist.pipeline.cost import CostTable
 from mhc_dist.pipeline.schedules.coarse import CoarseSchedule
 from mhc_dist.pipeline.schedules.registry import SCHEDULES, SIMULATED_ONLY
 from mhc_dist.pipeline.unit_costs import peak_live
-from mhc_dist.plan.boundaries import best_boundaries
+from mhc_dist.plan.boundaries import best_balance, best_shifts
 from mhc_dist.plan.costs import CostModel
 from mhc_dist.plan.evaluate import Evaluation, evaluate
 from mhc_dist.plan.layout import Layout, cached_schedule, model_ranks, planned_shapes, sized
@@ -25,6 +25,9 @@ least one, so that none is judged by a guess alone."""
 
 NUM_RECUT = 4
 """Of the best layouts, how many are simulated with other chunk boundaries too."""
+
+NUM_SHIFTS = 12
+"""Simulated steps that are spent on shifting boundaries of the best layout, one layer at a time."""
 
 MOST_SEQUENCES = 8
 """Largest microbatch that is tried, in sequences: beyond it pipelines only get longer bubbles."""
@@ -124,7 +127,8 @@ def search(
     if not evaluations:
         raise NothingFitsError(nothing_fits(config, machine, num_devices, estimates, schedules))
     best = sorted(evaluations, key=merit)
-    recut = [best_boundaries(config, machine, evaluation) for evaluation in best[:NUM_RECUT]]
+    recut = sorted((best_balance(config, machine, e) for e in best[:NUM_RECUT]), key=merit)
+    recut[0] = best_shifts(config, machine, recut[0], NUM_SHIFTS)
     return Search(tuple(sorted([*recut, *best[NUM_RECUT:]], key=merit)), len(estimates), len(fitting))
 
 

@@ -104,4 +104,6 @@ def test_plan_command_ends_with_json() -> None:
     assert result.exit_code == 0, result.output
     content = json.loads(result.output.splitlines()[-1])
     assert content["pipeline"] * content["data"] == 2
-    assert set(content["overhead_breakdown"]) == {"kernels", "recompute", "p2p", "memory_forced"}
+    assert set(content["overhead_breakdown"]) == {
+        "kernels", "recompute", "p2p", "memory_forced", "layout"
+    }  # fmt: skip
