@@ -13,14 +13,18 @@ import socket
 import sys
 import time
 import traceback
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from mhc_launcher.bootstrap import read_rank_environment
 from mhc_launcher.code_hash import code_hash
 from mhc_launcher.interfaces import network_settings
 
+from mhc_dist.checkpoint.keeper import CheckpointKeeper
+from mhc_dist.checkpoint.manifest import CheckpointError, Progress
+from mhc_dist.checkpoint.state import RankState
 from mhc_dist.config import RunConfig, dump_config, load_config
 from mhc_dist.data.batches import Batches, Sequences, ValidationWindows
 from mhc_dist.data.bigram import Bigram
@@ -28,8 +32,10 @@ from mhc_dist.data.token_files import check_vocabulary
 from mhc_dist.data.tokens import default_cache_folder, open_tokens
 from mhc_dist.guard.exit_codes import ExitCode
 from mhc_dist.guard.last_words import LastWords
+from mhc_dist.guard.nonfinite import DivergedError, NonfiniteGuard
 from mhc_dist.guard.peers import PeerWatch, WatchLimits
 from mhc_dist.guard.signals import SignalInbox
+from mhc_dist.guard.spikes import SpikeDetector
 from mhc_dist.guard.stop import StopKind
 from mhc_dist.model.flops import model_flops_per_token
 from mhc_dist.observe.metrics import Work
@@ -53,6 +59,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m mhc_dist.train")
     parser.add_argument("--config", type=Path, required=True, help="resolved configuration of the run")
     parser.add_argument("--local_rank", type=int, help="added by the deepspeed launcher; RANK decides")
+    parser.add_argument("--resume", metavar="auto|STEP|PATH", help="continue from a checkpoint")
+    parser.add_argument("--restarts", type=int, default=0, help="how often the run was started again")
     parsed = parser.parse_args(arguments)
     inbox = SignalInbox()
     try:
@@ -73,7 +81,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
             join_seconds=config.train.join_seconds,
             timeout_seconds=config.train.timeout_seconds,
         )
-        limits = WatchLimits(action_seconds=config.train.timeout_seconds)
+        limits = WatchLimits(
+            action_seconds=config.train.timeout_seconds, stop_seconds=config.checkpoint.stop_seconds
+        )
         # torchrun's agent may host the store in a process of its own.
         store_rank = None if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True" else 0
         with PeerWatch(
@@ -85,7 +95,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
             limits=limits,
             on_end=lambda code, text: last_words.leave(code, text, said=True),
         ) as watch:
-            return train(config, joined.place, joined.device, watch)
+            try:
+                return train(config, joined.place, joined.device, watch, parsed.resume, parsed.restarts)
+            except (CheckpointError, DivergedError) as error:
+                # Raised on all ranks alike: nobody has to be told, and all leave in order.
+                code = ExitCode.DIVERGED if isinstance(error, DivergedError) else ExitCode.USAGE
+                return last_words.leave(code, str(error))
     except RollCallError as error:
         # Every rank has the sentence; the one that found out leaves it to the user.
         return last_words.leave(ExitCode.USAGE, str(error)) if error.author else int(ExitCode.USAGE)
@@ -100,8 +115,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
         destroy()
 
 
-def train(config: RunConfig, place: Place, device: torch.device, watch: PeerWatch) -> ExitCode:
-    """Build this rank's part of the run and make all steps."""
+def train(
+    config: RunConfig,
+    place: Place,
+    device: torch.device,
+    watch: PeerWatch,
+    resume: str | None = None,
+    num_restarts: int = 0,
+) -> ExitCode:
+    """Build this rank's part of the run, bring it to where it was, and make all steps that are left."""
     sizes = config.parallel
     topology = Topology(sizes.pipeline, sizes.data, sizes.expert, place.rank)
     topology.check_world_size(place.world_size)
@@ -112,31 +134,124 @@ def train(config: RunConfig, place: Place, device: torch.device, watch: PeerWatc
     bigram = Bigram(tokens.train, config.model.vocab_size) if place.rank == 0 else None
     check_agreement(run_facts(programs, tokens.fingerprint))
 
-    groups = ProcessGroups.build(topology, config.train.timeout_seconds, programs.training.links)
+    groups = ProcessGroups.build(
+        topology,
+        config.train.timeout_seconds,
+        programs.training.links,
+        # Later than the watchdog, which can say more.
+        save_seconds=2 * config.checkpoint.timeout_seconds,
+    )
     worker = Worker.build(config, programs, topology, groups, device, watch.report_action)
-    batches = Batches(tokens.train, config.data.sequence_length, config.data.seed, config.sequences_per_step)
+    state = RankState(worker.stage, worker.engine, topology, device)
+    keeper = CheckpointKeeper(config, state, groups.checkpoints, tokens.fingerprint, watch.report_action)
     num_validated = config.sequences_per_step * config.train.validation_batches
     windows = ValidationWindows(tokens.validation, config.data.sequence_length, num_validated)
 
+    def batches(progress: Progress) -> Batches:
+        done = (progress.step, progress.num_sequences)
+        sizes = (config.data.sequence_length, config.data.seed, config.sequences_per_step)
+        return Batches(tokens.train, *sizes, done)
+
+    resumed = keeper.start() if resume is None else keeper.resume(resume)
+    if resumed.progress.step > config.train.steps:
+        raise CheckpointError(
+            f"the checkpoint is of step {resumed.progress.step}, train.steps={config.train.steps}. Raise"
+            " train.steps, or resume from an earlier step."
+        )
     work = Work(model_flops_per_token(config), device_peak_flops(config))
     with RunReporter(
-        config, topology, place.local_rank, place.local_world_size, work, lambda: watch.current_action
+        config,
+        topology,
+        place.local_rank,
+        place.local_world_size,
+        work,
+        lambda: watch.current_action,
+        resumed.progress.step,
+        num_restarts,
     ) as reporter:
-        reporter.announce(describe(config, programs, tokens.description, device))
-        for step in range(config.train.steps):
-            figures = train_step(worker, batches, step, stop=watch.stop_kind)
-            reporter.trace(figures)
-            is_last = step + 1 == config.train.steps
-            every = config.train.validate_every
-            due = is_last or (every > 0 and (step + 1) % every == 0)
-            reporter.step(figures, validate(worker, windows) if due and not figures.stop else None)
-            if figures.stop:
-                reporter.announce(f"stopped after step {step + 1} of {config.train.steps} on request")
-                return figures.stop.exit_code
+        for sentence in (describe(config, programs, tokens.description, device), *resumed.told):
+            reporter.announce(sentence)
+        ended = make_steps(worker, keeper, batches, windows, reporter, watch, resumed.progress)
+        if ended.code is not ExitCode.OK:
+            return ended.code
         if bigram is not None:
             reporter.finish(bigram.loss(*windows.sequences(0, windows.num_sequences)))
     worker.engine.close()
     return ExitCode.OK
+
+
+class Ended(NamedTuple):
+    """How far the steps came, and why no further."""
+
+    progress: Progress
+    code: ExitCode
+
+
+def make_steps(
+    worker: Worker,
+    keeper: CheckpointKeeper,
+    batches_from: Callable[[Progress], Batches],
+    windows: ValidationWindows,
+    reporter: RunReporter,
+    watch: PeerWatch,
+    progress: Progress,
+) -> Ended:
+    """All steps from `progress` to the last one, or to a request to stop; the state at the end is saved."""
+    config = worker.config
+    skipped = NonfiniteGuard(config.guard.max_nonfinite_steps, config.guard.max_rollbacks)
+    spikes = SpikeDetector(config.guard.spike_window, config.guard.spike_threshold)
+    batches, stop, rate = batches_from(progress), None, 0.0
+    while progress.step < config.train.steps and stop is None:
+        figures = train_step(worker, batches, progress.step, watch.stop_kind)
+        progress, stop, rate = after(progress, worker), figures.stop, figures.learning_rate
+        reporter.trace(figures)
+        due = is_due(progress.step, config.train.validate_every, config.train.steps)
+        reporter.step(figures, validate(worker, windows) if due and stop is None else None)
+        if spike := spikes.judge(figures.loss):
+            reporter.spike(figures.step, spike)
+        if skipped.must_roll_back(figures.applied):
+            progress = roll_back(keeper, skipped, reporter, progress)
+            batches = batches_from(progress)
+        else:
+            reporter.saved(keeper.after_step(progress, rate, applied=figures.applied))
+    saves = keeper.last(progress, rate)
+    reporter.saved(saves)
+    lost = any(save.failure is not None and save.step == progress.step for save in saves)
+    if stop is not None:
+        reporter.announce(f"stopped after step {progress.step} of {config.train.steps} on request")
+    if lost:
+        reporter.announce("the last checkpoint could not be written: see above")
+    code = ExitCode.UNSAVED if lost else stop.exit_code if stop is not None else ExitCode.OK
+    return Ended(progress, code)
+
+
+def roll_back(
+    keeper: CheckpointKeeper, skipped: NonfiniteGuard, reporter: RunReporter, progress: Progress
+) -> Progress:
+    """Return to the last checkpoint, all ranks alike. Raises DivergedError when that is no use any more."""
+    resumed, saves = keeper.roll_back(progress)
+    reporter.saved(saves)
+    skipped.rolled_back(None if resumed is None else resumed.progress.step)
+    assert resumed is not None
+    reporter.rolled_back(resumed.progress.step)
+    for sentence in resumed.told:
+        reporter.announce(sentence)
+    return resumed.progress
+
+
+def after(progress: Progress, worker: Worker) -> Progress:
+    """One step further."""
+    return Progress(
+        step=progress.step + 1,
+        num_updates=worker.engine.num_updates,
+        num_sequences=progress.num_sequences + worker.config.sequences_per_step,
+        num_tokens=progress.num_tokens + worker.config.tokens_per_step,
+    )
+
+
+def is_due(step: int, every: int, last: int) -> bool:
+    """Whether something that happens every so many steps, and after the last one, happens after `step`."""
+    return step == last or (every > 0 and step % every == 0)
 
 
 def train_step(worker: Worker, batches: Batches, step: int, stop: StopKind | None = None) -> StepFigures:

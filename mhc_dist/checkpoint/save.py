@@ -20,6 +20,7 @@ from torch.distributed.checkpoint.state_dict_saver import async_save, save
 
 from mhc_dist.checkpoint.folder import UNCOMMITTED, committed, retire, step_folder, to_delete
 from mhc_dist.checkpoint.manifest import CheckpointError, FileFacts, Manifest, Progress, TopologyFacts
+from mhc_dist.checkpoint.outcome import SaveOutcome
 from mhc_dist.checkpoint.planners import FragmentSavePlanner
 from mhc_dist.checkpoint.state import Fragments, RankState
 from mhc_dist.checkpoint.storage import FolderWriter
@@ -33,21 +34,6 @@ class ActionReport(Protocol):
     """`PeerWatch.report_action`: what this rank does from now on, and how long it may take."""
 
     def __call__(self, action: object, may_take_seconds: float | None = None) -> None: ...
-
-
-@dataclass(frozen=True)
-class SaveOutcome:
-    """How a save ended, the same on all ranks but for the seconds.
-
-    `seconds` passed from its beginning to the commit, `stopped_seconds` of them training stood still.
-    `failure` says why there is no checkpoint, or is None.
-    """
-
-    step: int
-    seconds: float
-    stopped_seconds: float
-    failure: str | None = None
-    warning: str | None = None
 
 
 @dataclass

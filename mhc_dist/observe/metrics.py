@@ -176,6 +176,10 @@ class TrainMetrics:
             self._memory_peak.set(step.memory_peak_bytes)
         self._last_step_timestamp.set(self._clock())
 
+    def record_stop(self, phase: StepPhase, seconds: float) -> None:
+        """Count time between steps, in which this rank did nothing else."""
+        self._phase_seconds.labels(phase.value).inc(seconds)
+
     def record_run_step(self, step: RunStep) -> None:
         """Count one step of the run. Ranks that do not report the run ignore it."""
         if self._run is not None:

@@ -9,23 +9,27 @@ import socket
 import sys
 import time
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextlib import ExitStack
 from dataclasses import dataclass
+from operator import mul
 from types import TracebackType
 from typing import Self
 
 import psutil
 
+from mhc_dist.checkpoint.outcome import SaveOutcome
 from mhc_dist.config import RunConfig
+from mhc_dist.guard.spikes import Spike
 from mhc_dist.guard.stop import StopKind
 from mhc_dist.observe.exporter import start_exporter
+from mhc_dist.observe.fault_series import NonfiniteReason
 from mhc_dist.observe.loss_plot import plot_loss
 from mhc_dist.observe.metrics import CommOp, CommUse, RankLabels, RankStep, RunStep, TrainMetrics, Work
 from mhc_dist.observe.progress import TrainProgress
 from mhc_dist.observe.rank_log import RankLog
 from mhc_dist.observe.rank_status import RankStatus
-from mhc_dist.observe.run_log import RunLog
+from mhc_dist.observe.run_log import Record, RunLog, read_log
 from mhc_dist.observe.step_traces import StepTraces
 from mhc_dist.observe.target_file import announced_target
 from mhc_dist.pipeline.trace import StepPhase, Trace
@@ -67,10 +71,17 @@ class RunReporter:
         local_world_size: int,
         work: Work | None = None,
         current_action: Callable[[], tuple[str, float]] | None = None,
+        first_step: int = 0,
+        num_restarts: int = 0,
     ) -> None:
-        """`current_action`: what the rank does and for how many seconds, asked when someone wants to know."""
+        """
+        current_action: what the rank does and for how many seconds, asked when someone wants to know.
+        first_step: steps done before this process started; the run's earlier records stay up to there.
+        num_restarts: how often the launcher has started this run again.
+        """
         self._config = config
         self._rank, self._is_first_rank = topology.rank, topology.rank == 0
+        self._stage = topology.pipeline_rank
         labels = RankLabels(
             global_rank=topology.rank,
             node=socket.gethostname(),
@@ -82,18 +93,16 @@ class RunReporter:
         self._local_rank, self._local_world_size = local_rank, local_world_size
         self._traces = StepTraces(config.folder, config.observe.trace_steps, topology)
         self._status = RankStatus(labels, current_action)
-        self._rank_log = RankLog(config.folder, topology.rank, topology.pipeline_rank)
+        self._rank_log = RankLog(config.folder, topology.rank, topology.pipeline_rank, first_step)
+        self._first_step, self._num_restarts = first_step, num_restarts
         self._open = ExitStack()
         self._log: RunLog | None = None
         self._progress: TrainProgress | None = None
         self._started = time.perf_counter()
-        self._step_seconds = 0.0
-        self._num_tokens = 0
-        self._last: StepFigures | None = None
-        self._validation_loss: float | None = None
+        self._num_nonfinite = self._num_spikes = self._num_rollbacks = 0
 
     def __enter__(self) -> Self:
-        self._open.callback(self._rank_log.flush)
+        self._open.callback(lambda: self._rank_log.flush())
         if port := self._config.observe.metrics_port:
             exporter = start_exporter(
                 self._metrics.registry,
@@ -112,9 +121,19 @@ class RunReporter:
                 )
             )
         if self._is_first_rank:
-            self._log = self._open.enter_context(RunLog.create(self._config.folder))
-            self._progress = self._open.enter_context(TrainProgress(self._config.train.steps))
+            self._log = self._open_log(self._first_step)
+            self._progress = self._open.enter_context(
+                TrainProgress(self._config.train.steps, self._first_step)
+            )
+            if self._metrics.faults is not None:
+                self._metrics.faults.restarted(self._num_restarts)
         return self
+
+    def _open_log(self, last_step: int) -> RunLog:
+        folder = self._config.folder
+        log = RunLog.resume(folder, last_step) if last_step else RunLog.create(folder)
+        self._open.callback(log.close)
+        return log
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
@@ -134,6 +153,40 @@ class RunReporter:
         if self._progress is not None:
             self._progress.message(text)
 
+    def saved(self, outcomes: Iterable[SaveOutcome]) -> None:
+        """Saves have ended, well or not."""
+        faults = self._metrics.faults
+        for outcome in outcomes:
+            self._metrics.record_stop(StepPhase.CHECKPOINT, outcome.stopped_seconds)
+            if outcome.failure is not None:
+                self.announce(f"WARNING: no checkpoint of step {outcome.step}: {outcome.failure}")
+            if outcome.warning is not None:
+                self.announce(f"WARNING: checkpoint of step {outcome.step}: {outcome.warning}")
+            if faults is not None and outcome.failure is not None:
+                faults.checkpoint_failed()
+            elif faults is not None:
+                faults.checkpoint_committed(outcome.seconds)
+
+    def spike(self, step: int, spike: Spike) -> None:
+        """The loss of a step was far above the recent ones."""
+        self._num_spikes += 1
+        if self._metrics.faults is not None:
+            self._metrics.faults.loss_spike()
+        self.announce(
+            f"step {step}: loss {spike.loss:.4f} is a spike, {spike.deviations:.1f} deviations above the"
+            f" median {spike.median:.4f} of the steps before it"
+        )
+
+    def rolled_back(self, step: int) -> None:
+        """The run stands after `step` again; later records are dropped."""
+        self._num_rollbacks += 1
+        self._rank_log = RankLog(self._config.folder, self._rank, self._stage, step)
+        if self._metrics.faults is not None:
+            self._metrics.faults.rolled_back()
+        if self._log is not None:
+            self._log.close()
+            self._log = self._open_log(step)
+
     def step(self, figures: StepFigures, validation_loss: float | None = None) -> None:
         """A training step, and the validation after it if there was one, is done: one record in the log."""
         rank_step = _rank_step(figures)
@@ -145,18 +198,12 @@ class RunReporter:
         self._metrics.record_run_step(
             RunStep(figures.step, figures.loss, figures.num_tokens, figures.grad_norm, figures.learning_rate)
         )
-        self._last = figures
-        self._step_seconds += figures.seconds
-        self._num_tokens += figures.num_tokens
         if validation_loss is not None:
             self._metrics.record_validation(validation_loss)
-            self._validation_loss = validation_loss
+        if not figures.applied:
+            self._skipped(figures)
         if self._log is None or self._progress is None:
             return
-        if not figures.applied:
-            self.announce(
-                f"step {figures.step}: gradient norm {figures.grad_norm} is not finite, weights are unchanged"
-            )
         record = {
             "step": figures.step,
             "loss": figures.loss,
@@ -173,18 +220,35 @@ class RunReporter:
         self._log.append(record)
 
     def finish(self, bigram_loss: float) -> None:
-        """The run is complete: picture and summary. The summary is written last; it proves success."""
-        assert self._last is not None, "a run has at least one step"
+        """The run is complete: picture and summary. The summary is written last; it proves success.
+
+        Loss and speed are those of the whole run, those of earlier processes included; seconds and counts
+        are this process's.
+        """
         folder = self._config.folder
+        records = [record for record in read_log(folder) if "step_seconds" in record]
+        if not records:
+            raise ValueError(
+                f"{folder} has no step of its own: the checkpoint it was resumed from is of the last one,"
+                f" train.steps={self._config.train.steps}. Raise train.steps."
+            )
         plot_loss(folder, self._config.train.name, bigram_loss)
+        seconds = [_number(record, "step_seconds") for record in records]
+        speeds = [_number(record, "tokens_per_second") for record in records]
+        validations = [record["validation_loss"] for record in records if "validation_loss" in record]
         summary = {
             "run": self._config.train.name,
-            "steps": self._last.step,
-            "train_loss": self._last.loss,
-            "validation_loss": self._validation_loss,
+            "steps": records[-1]["step"],
+            "train_loss": records[-1]["loss"],
+            "validation_loss": validations[-1] if validations else None,
             "bigram_loss": bigram_loss,
-            "tokens_per_second": self._num_tokens / self._step_seconds,
+            "tokens_per_second": sum(map(mul, seconds, speeds)) / sum(seconds),
             "seconds": time.perf_counter() - self._started,
+            "first_step": self._first_step,
+            "restarts": self._num_restarts,
+            "nonfinite_steps": self._num_nonfinite,
+            "loss_spikes": self._num_spikes,
+            "rollbacks": self._num_rollbacks,
         }
         unfinished = folder / f"unfinished-{SUMMARY_FILE}"
         with unfinished.open("w") as file:
@@ -192,6 +256,23 @@ class RunReporter:
             file.flush()
             os.fsync(file.fileno())
         unfinished.replace(folder / SUMMARY_FILE)
+
+
+    def _skipped(self, figures: StepFigures) -> None:
+        self._num_nonfinite += 1
+        reason = NonfiniteReason.GRADIENT if figures.loss_finite else NonfiniteReason.LOSS
+        if self._metrics.faults is not None:
+            self._metrics.faults.nonfinite_step(reason)
+        self.announce(
+            f"step {figures.step}: loss {figures.loss:.4g} or gradient norm {figures.grad_norm:.4g} is not"
+            " finite, weights are unchanged"
+        )
+
+
+def _number(record: Record, key: str) -> float:
+    value = record[key]
+    assert isinstance(value, (int, float)), f"{key} of step {record['step']}: {value}"
+    return value
 
 
 def _rank_step(figures: StepFigures) -> RankStep:

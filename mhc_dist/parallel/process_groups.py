@@ -168,6 +168,7 @@ class ProcessGroups:
     `channels[(source, destination)]` carries what `source` sends to its pipeline neighbour `destination`
     (world ranks; one of them is this rank). Within the two-member group of a channel, address the peer by
     its world rank. `control` is always gloo, for agreement on the host even when `data` lives on GPUs.
+    `checkpoints` is gloo, too, and a save's alone: it talks on it while training goes on.
     """
 
     topology: Topology
@@ -176,12 +177,14 @@ class ProcessGroups:
     data: dist.ProcessGroup
     channels: dict[tuple[int, int], dist.ProcessGroup]
     control: dist.ProcessGroup
+    checkpoints: dist.ProcessGroup
 
     @staticmethod
     def build(
         topology: Topology,
         timeout_seconds: float = 60.0,
         links: Iterable[tuple[int, int]] | None = None,
+        save_seconds: float = 60.0,
     ) -> ProcessGroups:
         """Collective over the world. Raises ValueError when topology and world do not fit together.
 
@@ -205,5 +208,9 @@ class ProcessGroups:
             group = dist.new_group(list(pair), timeout=timeout)
             if rank in pair:
                 channels[pair] = group
-        control = create_group([range(topology.world_size)], rank, timeout_seconds, backend="gloo")
-        return ProcessGroups(topology, expert_forward, expert_backward, data, channels, control)
+        world = [range(topology.world_size)]
+        control = create_group(world, rank, timeout_seconds, backend="gloo")
+        checkpoints = create_group(world, rank, save_seconds, backend="gloo")
+        return ProcessGroups(
+            topology, expert_forward, expert_backward, data, channels, control, checkpoints
+        )

@@ -11,7 +11,8 @@ import torch.distributed as dist
 
 from mhc_dist.checkpoint.load import choose, load
 from mhc_dist.checkpoint.manifest import Progress
-from mhc_dist.checkpoint.save import SaveOutcome, Saver
+from mhc_dist.checkpoint.outcome import SaveOutcome
+from mhc_dist.checkpoint.save import Saver
 from mhc_dist.checkpoint.state import RankState
 from mhc_dist.config import RunConfig
 from mhc_dist.data.batches import Sequences
