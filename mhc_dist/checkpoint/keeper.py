@@ -10,8 +10,8 @@ import torch.distributed as dist
 from mhc_dist.checkpoint.folder import FOLDER, committed
 from mhc_dist.checkpoint.load import choose, from_first_rank, load, tidy
 from mhc_dist.checkpoint.manifest import CheckpointError, Progress
-from mhc_dist.checkpoint.resume import changes, check_same_run, is_of_run
 from mhc_dist.checkpoint.outcome import SaveOutcome
+from mhc_dist.checkpoint.resume import changes, check_same_run, is_of_run
 from mhc_dist.checkpoint.save import ActionReport, Saver
 from mhc_dist.checkpoint.state import RankState
 from mhc_dist.config import RunConfig

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch.distributed as dist
 from torch.distributed.checkpoint.api import CheckpointException
@@ -21,7 +21,7 @@ from mhc_dist.checkpoint.folder import (
     remove_uncommitted,
     set_aside,
 )
-from mhc_dist.checkpoint.manifest import CheckpointError, Manifest, read_index, read_manifest
+from mhc_dist.checkpoint.manifest import CheckpointError, Index, Manifest, read_index, read_manifest
 from mhc_dist.checkpoint.planners import FragmentLoadPlanner
 from mhc_dist.checkpoint.resume import candidates
 from mhc_dist.checkpoint.state import RankState
@@ -35,6 +35,7 @@ class Chosen:
 
     folder: Path
     manifest: Manifest
+    index: Index
     passed_over: tuple[tuple[Path, str], ...] = ()
 
 
@@ -47,10 +48,10 @@ def choose(request: str, run_folder: Path, group: dist.ProcessGroup) -> Chosen |
     wanted = from_first_rank(lambda: candidates(request, run_folder), group)
     passed_over: list[tuple[Path, str]] = []
     for folder in wanted.folders:
-        manifest, damage = _verify(folder, group)
-        if manifest is not None and not damage:
-            return Chosen(folder, manifest, tuple(passed_over))
-        passed_over.append((folder, "; ".join(damage)))
+        found = _verify(folder, group)
+        if found.facts is not None and not found.damages:
+            return Chosen(folder, *found.facts, tuple(passed_over))
+        passed_over.append((folder, "; ".join(found.damages)))
         if not wanted.fall_back:
             break
     if passed_over:
@@ -69,7 +70,7 @@ def load(chosen: Chosen, state: RankState, group: dist.ProcessGroup) -> None:
     try:
         load_fragments(
             fragments,
-            storage_reader=FolderReader(chosen.folder, read_index(chosen.folder)),
+            storage_reader=FolderReader(chosen.folder, chosen.index),
             planner=FragmentLoadPlanner(),
             process_group=group,
         )
@@ -98,18 +99,26 @@ def tidy(run_folder: Path, step: int, damaged: tuple[Path, ...] = ()) -> list[st
     return told
 
 
-def _verify(folder: Path, group: dist.ProcessGroup) -> tuple[Manifest | None, list[str]]:
-    """The manifest as rank 0 reads it, and everything any rank found wrong, in rank order."""
+class _Verified(NamedTuple):
+    """Manifest and index, None where this rank could not read them; what any rank found wrong."""
+
+    facts: tuple[Manifest, Index] | None
+    damages: list[str]
+
+
+def _verify(folder: Path, group: dist.ProcessGroup) -> _Verified:
     rank, num_ranks = dist.get_rank(group), dist.get_world_size(group)
-    manifest: Manifest | None = None
+    facts: tuple[Manifest, Index] | None = None
+    found: list[str] = []
     try:
         manifest = read_manifest(folder)
         found = list(damages(folder, manifest, list(manifest.files)[rank::num_ranks]))
+        facts = manifest, read_index(folder)
     except CheckpointError as error:
-        found = [str(error)]
+        found = [*found, str(error)]
     everyones: list[Any] = [None] * num_ranks
     dist.all_gather_object(everyones, found, group=group)
-    return manifest, list(dict.fromkeys(sentence for part in everyones for sentence in part))
+    return _Verified(facts, list(dict.fromkeys(sentence for part in everyones for sentence in part)))
 
 
 def from_first_rank(make: Any, group: dist.ProcessGroup) -> Any:

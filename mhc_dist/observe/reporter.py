@@ -257,7 +257,6 @@ class RunReporter:
             os.fsync(file.fileno())
         unfinished.replace(folder / SUMMARY_FILE)
 
-
     def _skipped(self, figures: StepFigures) -> None:
         self._num_nonfinite += 1
         reason = NonfiniteReason.GRADIENT if figures.loss_finite else NonfiniteReason.LOSS
