@@ -56,6 +56,24 @@ def _residual(config: RunSections) -> Iterator[str]:
             f"residual.num_streams={residual.num_streams} with residual.kind=residual: the plain residual"
             " has one stream. Set residual.num_streams=1, or choose another residual.kind."
         )
+    possible = {"mhc": (2, 4, 8), "identity": (2, 4, 8), "mhc_lite": (2, 4), "krom": (2, 4, 8)}
+    streams = possible.get(residual.kind.value)
+    if streams is not None and residual.num_streams not in streams:
+        yield (
+            f"residual.num_streams={residual.num_streams} with residual.kind={residual.kind}: there are kernels"
+            f" for {', '.join(map(str, streams))} streams. Set residual.num_streams to one of these."
+        )
+    if residual.shifted_pre and streams is None:
+        yield (
+            f"residual.shifted_pre=true with residual.kind={residual.kind}: only"
+            f" {', '.join(possible)} compute an H_pre that can be handed on. Choose one of these, or set"
+            " residual.shifted_pre=false."
+        )
+    if residual.kind.value == "krom" and config.kernels.backend == "triton":
+        yield (
+            "residual.kind=krom has no Triton kernels. Set kernels.backend to cpu or compiled, or choose"
+            " another residual.kind."
+        )
 
 
 def _experts(config: RunSections) -> Iterator[str]:
@@ -74,11 +92,11 @@ def _experts(config: RunSections) -> Iterator[str]:
 
 def _recompute(config: RunSections) -> Iterator[str]:
     kind = config.residual.kind
-    if config.recompute.mode == "mhc" and kind not in ("mhc", "identity"):
+    if config.recompute.mode == "mhc" and kind in ("residual", "hc"):
         yield (
             f"recompute.mode=mhc regenerates the streams of hyper-connections, which residual.kind={kind}"
-            " does not have in a form it knows. Set recompute.mode to full or none, or residual.kind to mhc"
-            " or identity."
+            " does not have in a form it knows. Set recompute.mode to full or none, or residual.kind to mhc,"
+            " identity, mhc_lite or krom."
         )
 
 

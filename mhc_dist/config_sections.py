@@ -19,6 +19,7 @@ from pydantic import (
     NonNegativeInt,
     PositiveFloat,
     PositiveInt,
+    ValidationInfo,
     field_validator,
 )
 
@@ -30,10 +31,14 @@ class Section(BaseModel):
 
     @field_validator("*", mode="before")
     @classmethod
-    def _no_booleans(cls, value: Any) -> Any:
-        """No key is a switch, and YAML reads `on` and `yes` as true: never take those for the number 1."""
-        if isinstance(value, bool):
+    def _booleans_for_switches_alone(cls, value: Any, info: ValidationInfo) -> Any:
+        """YAML reads `on` and `yes` as true: never take those for the number 1, nor 1 for true."""
+        assert info.field_name is not None
+        is_switch = cls.model_fields[info.field_name].annotation is bool
+        if isinstance(value, bool) and not is_switch:
             raise ValueError("a number or a word, not true or false")
+        if is_switch and not isinstance(value, bool):
+            raise ValueError("true or false")
         return value
 
 
@@ -74,6 +79,10 @@ class ResidualKind(StrEnum):
     HC = "hc"
     MHC = "mhc"
     IDENTITY = "identity"
+    MHC_LITE = "mhc_lite"
+    """H_res is a softmax mixture of all n! permutations: doubly stochastic without iterations, n <= 4."""
+    KROM = "krom"
+    """H_res is a Kronecker product of 2x2 doubly stochastic factors: log2(n) coefficients, for n = 8."""
 
 
 class ResidualConfig(Section):
@@ -89,6 +98,8 @@ class ResidualConfig(Section):
     init: Literal["paper_zero_bias", "identity_leaning"] = "identity_leaning"
     alpha_init: float = 0.01
     reduce: Literal["learned", "mean", "sum"] = "learned"
+    shifted_pre: bool = False
+    """true: streams are collapsed with the H_pre that the sublayer before computed, as in DeepSeek-V4.1."""
 
 
 class ParallelConfig(Section):

@@ -9,6 +9,7 @@ from dataclasses import dataclass, fields
 
 from mhc_dist.config import RunConfig
 from mhc_dist.config_sections import ModelConfig, ResidualConfig, ResidualKind
+from mhc_dist.model.coefficients import num_projected
 
 
 @dataclass(frozen=True)
@@ -94,17 +95,14 @@ def _attention(model: ModelConfig) -> int:
 
 def _connection(residual: ResidualConfig, width: int) -> int:
     """One sublayer's phi (or theta), bias and the three alphas."""
-    n = residual.num_streams
+    n, num_coefficients = residual.num_streams, num_projected(residual)
     match residual.kind:
         case ResidualKind.RESIDUAL:
             return 0
         case ResidualKind.HC:  # reads each stream by itself: theta is (2 + n, C)
-            return (2 + n) * width + (2 * n + n * n) + 3
-        case ResidualKind.MHC:  # reads all streams at once: phi is (n^2 + 2n, nC)
-            num_coefficients = n * n + 2 * n
-        case ResidualKind.IDENTITY:  # no residual mix to produce
-            num_coefficients = 2 * n
-    return num_coefficients * n * width + num_coefficients + 3
+            return (2 + n) * width + num_coefficients + 3
+        case _:  # reads all streams at once: phi is (coefficients, nC)
+            return num_coefficients * n * width + num_coefficients + 3
 
 
 def _stream_head(residual: ResidualConfig, width: int) -> int:

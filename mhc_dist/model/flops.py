@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from mhc_dist.config import RunConfig
 from mhc_dist.config_sections import ResidualKind
+from mhc_dist.model.coefficients import num_projected
 
 
 def attention_flops_per_token(config: RunConfig) -> int:
@@ -34,8 +35,7 @@ def connection_flops_per_token(config: RunConfig) -> int:
     if config.residual.kind is ResidualKind.RESIDUAL:
         return config.model.hidden_size
     n, width = config.residual.num_streams, config.model.hidden_size
-    coefficients = 2 * n if config.residual.kind is ResidualKind.IDENTITY else 2 * n + n * n
-    return 2 * width * (n * coefficients + n + n * n + n)
+    return 2 * width * (n * num_projected(config.residual) + n + n * n + n)
 
 
 def layer_flops_per_token(config: RunConfig, layer: int) -> int:

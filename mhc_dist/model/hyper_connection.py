@@ -27,10 +27,24 @@ from mhc_dist.model.norm import RMSNorm
 
 
 class Mix(NamedTuple):
-    """How a sublayer's output rejoins the streams. None stands for the plain add (post) or identity (res)."""
+    """How a sublayer's output rejoins the streams. None stands for the plain add (post) or identity (res).
+
+    pre_TN is the H_pre that this sublayer hands on to the next one, with `residual.shifted_pre` only.
+    """
 
     post_TN: Tensor | None
     res_TNN: Tensor | None
+    pre_TN: Tensor | None = None
+
+
+class Carried(NamedTuple):
+    """What goes from layer to layer: the streams, and with `residual.shifted_pre` the H_pre to collapse them.
+
+    At the start of the model there is no H_pre yet: the first sublayer uses its own.
+    """
+
+    streams_TNC: Tensor
+    pre_TN: Tensor | None = None
 
 
 class Entry(NamedTuple):
@@ -45,7 +59,10 @@ class SeamTape(Protocol):
     """Told of every seam as it is computed, so that someone else can regenerate it."""
 
     def seam(self, streams_TNC: Tensor, update: Update | None, seam: Seam, gain_C: Tensor) -> None:
-        """`streams_TNC` and `update` went in, `seam` came out; `gain_C` is the entered sublayer's."""
+        """`streams_TNC` and `update` went in, `seam` came out; `gain_C` is the entered sublayer's.
+
+        `seam.pre_TN` is the H_pre that collapsed the streams.
+        """
         ...
 
 
@@ -67,8 +84,8 @@ class SublayerConnection(nn.Module, ABC):
     """One sublayer's connection."""
 
     @abstractmethod
-    def enter(self, streams_TNC: Tensor) -> Entry:
-        """Collapse the streams into the sublayer's input."""
+    def enter(self, streams_TNC: Tensor, pre_TN: Tensor | None = None) -> Entry:
+        """Collapse the streams into the sublayer's input; with `pre_TN`, instead of the sublayer's own."""
 
     @abstractmethod
     def leave(self, streams_TNC: Tensor, y_TC: Tensor, mix: Mix) -> Tensor:
@@ -76,7 +93,7 @@ class SublayerConnection(nn.Module, ABC):
 
     def cross(self, streams_TNC: Tensor, y_TC: Tensor, mix: Mix) -> Entry:
         """Finish the previous sublayer (its y and mix) and enter this one. Fused kinds override this."""
-        return self.enter(self.leave(streams_TNC, y_TC, mix))
+        return self.enter(self.leave(streams_TNC, y_TC, mix), mix.pre_TN)
 
 
 class PlainResidual(SublayerConnection):
@@ -86,7 +103,8 @@ class PlainResidual(SublayerConnection):
         super().__init__()
         self.norm = RMSNorm(config.hidden_size, config.norm_eps)
 
-    def enter(self, streams_TNC: Tensor) -> Entry:
+    def enter(self, streams_TNC: Tensor, pre_TN: Tensor | None = None) -> Entry:
+        assert pre_TN is None, "one stream has nothing to collapse"
         return Entry(streams_TNC, self.norm(streams_TNC.squeeze(1)), Mix(None, None))
 
     def leave(self, streams_TNC: Tensor, y_TC: Tensor, mix: Mix) -> Tensor:
@@ -110,7 +128,8 @@ class HyperConnection(SublayerConnection):
         self.bias_M = nn.Parameter(torch.empty(2 * n + n * n))
         self.norm = RMSNorm(config.hidden_size, config.norm_eps)
 
-    def enter(self, streams_TNC: Tensor) -> Entry:
+    def enter(self, streams_TNC: Tensor, pre_TN: Tensor | None = None) -> Entry:
+        assert pre_TN is None, "H_pre of another sublayer has no meaning here"
         n = self.num_streams
         x_TNC = streams_TNC.float()
         normed_TNC = x_TNC * torch.rsqrt(x_TNC.square().mean(-1, keepdim=True) + self.eps)
@@ -130,7 +149,7 @@ class HyperConnection(SublayerConnection):
 
 
 class ManifoldConnection(SublayerConnection):
-    """mHC (paper eq. 7-9) and its kin without a residual mix: all kinds that the seam kernels know."""
+    """mHC (paper eq. 7-9) and its kin with another H_res or none: all kinds that the seam kernels know."""
 
     def __init__(self, config: ModelConfig, residual: ResidualConfig, backend: SeamBackend) -> None:
         super().__init__()
@@ -151,18 +170,25 @@ class ManifoldConnection(SublayerConnection):
             self.phi_MD.float(), self.alpha_3.float(), self.bias_M.float(), self.norm_gain, self.spec
         )
 
-    def enter(self, streams_TNC: Tensor) -> Entry:
-        seam = self.backend.open(streams_TNC, self._parameters_of_seam())
-        if self.holder.tape is not None:
-            self.holder.tape.seam(streams_TNC, None, seam, self.norm_gain)
-        return Entry(seam.streams_TNC, seam.h_TC, Mix(seam.post_TN, seam.res_TNN))
+    def enter(self, streams_TNC: Tensor, pre_TN: Tensor | None = None) -> Entry:
+        seam = self.backend.open(streams_TNC, self._parameters_of_seam(), pre_TN)
+        return self._entry(streams_TNC, None, seam, pre_TN)
 
     def cross(self, streams_TNC: Tensor, y_TC: Tensor, mix: Mix) -> Entry:
         assert mix.post_TN is not None
-        seam = self.backend.cross(streams_TNC, y_TC, mix.post_TN, mix.res_TNN, self._parameters_of_seam())
+        seam = self.backend.cross(
+            streams_TNC, y_TC, mix.post_TN, mix.res_TNN, self._parameters_of_seam(), mix.pre_TN
+        )
+        return self._entry(streams_TNC, Update(y_TC, mix), seam, mix.pre_TN)
+
+    def _entry(
+        self, streams_TNC: Tensor, update: Update | None, seam: Seam, carried_TN: Tensor | None
+    ) -> Entry:
         if self.holder.tape is not None:
-            self.holder.tape.seam(streams_TNC, Update(y_TC, mix), seam, self.norm_gain)
-        return Entry(seam.streams_TNC, seam.h_TC, Mix(seam.post_TN, seam.res_TNN))
+            used = seam if carried_TN is None else seam._replace(pre_TN=carried_TN)
+            self.holder.tape.seam(streams_TNC, update, used, self.norm_gain)
+        handed_on = seam.pre_TN if self.spec.shifted_pre else None
+        return Entry(seam.streams_TNC, seam.h_TC, Mix(seam.post_TN, seam.res_TNN, handed_on))
 
     def leave(self, streams_TNC: Tensor, y_TC: Tensor, mix: Mix) -> Tensor:
         assert mix.post_TN is not None
@@ -178,7 +204,12 @@ def attach_holder(module: nn.Module, holder: TapeHolder) -> None:
 
 def seam_spec(config: ModelConfig, residual: ResidualConfig) -> ConnectionSpec:
     """The numerics of a run's hyper-connections, as the kernels take them."""
-    mixing = {ResidualKind.MHC: Mixing.SINKHORN, ResidualKind.IDENTITY: Mixing.IDENTITY}[residual.kind]
+    mixing = {
+        ResidualKind.MHC: Mixing.SINKHORN,
+        ResidualKind.IDENTITY: Mixing.IDENTITY,
+        ResidualKind.MHC_LITE: Mixing.PERMUTATIONS,
+        ResidualKind.KROM: Mixing.KRONECKER,
+    }[residual.kind]
     return ConnectionSpec(
         num_streams=residual.num_streams,
         mixing=mixing,
@@ -187,6 +218,7 @@ def seam_spec(config: ModelConfig, residual: ResidualConfig) -> ConnectionSpec:
         pre_eps=residual.pre_eps,
         projection_norm_eps=config.norm_eps,
         sublayer_norm_eps=config.norm_eps,
+        shifted_pre=residual.shifted_pre,
     )
 
 
@@ -199,7 +231,7 @@ def make_connection(
             return PlainResidual(config)
         case ResidualKind.HC:
             return HyperConnection(config, residual, sublayer)
-        case ResidualKind.MHC | ResidualKind.IDENTITY:
+        case ResidualKind.MHC | ResidualKind.IDENTITY | ResidualKind.MHC_LITE | ResidualKind.KROM:
             return ManifoldConnection(config, residual, backend)
 
 

@@ -13,14 +13,18 @@ import torch
 from torch import Tensor, nn
 
 from mhc_dist.config import RunConfig
-from mhc_dist.config_sections import ResidualConfig
+from mhc_dist.config_sections import ResidualConfig, ResidualKind
 from mhc_dist.model.hyper_connection import HyperConnection, ManifoldConnection, StreamHead
 from mhc_dist.model.linear import GroupedLinear
 from mhc_dist.model.moe import Experts
 from mhc_dist.model.norm import RMSNorm
 
 IDENTITY_LEANING_LOGIT = 4.0
-"""Diagonal of b_res for `identity_leaning`: Sinkhorn then keeps exp(4) / (exp(4) + 3) = 0.95 of a stream."""
+"""Diagonal of b_res for `identity_leaning`: Sinkhorn then keeps exp(4) / (exp(4) + 3) = 0.95 of a stream.
+
+The other kinds keep as much: `mhc_lite` gives the identity permutation that share of the mixture, and each
+2x2 factor of `krom` stays with sigmoid(4) = 0.98, three of them together with 0.95.
+"""
 
 
 @torch.no_grad()
@@ -72,8 +76,17 @@ def _manifold(
     connection.alpha_3.fill_(residual.alpha_init)
     connection.bias_M.zero_()
     connection.norm_gain.fill_(1.0)
-    if residual.init == "identity_leaning" and connection.bias_M.numel() == 2 * n + n * n:
-        connection.bias_M[2 * n :].view(n, n).fill_diagonal_(IDENTITY_LEANING_LOGIT)
+    if residual.init == "identity_leaning":
+        bias_res = connection.bias_M[2 * n :]
+        match residual.kind:
+            case ResidualKind.MHC:
+                bias_res.view(n, n).fill_diagonal_(IDENTITY_LEANING_LOGIT)
+            case ResidualKind.MHC_LITE:  # the first permutation is the identity
+                bias_res[0] = IDENTITY_LEANING_LOGIT + math.log((len(bias_res) - 1) / (n - 1))
+            case ResidualKind.KROM:
+                bias_res.fill_(IDENTITY_LEANING_LOGIT)
+            case _:
+                pass  # nothing to lean
 
 
 def _hyper(connection: HyperConnection, residual: ResidualConfig) -> None:

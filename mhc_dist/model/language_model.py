@@ -14,7 +14,7 @@ from torch.nn import functional
 
 from mhc_dist.config import RunConfig
 from mhc_dist.model.attention import LatentCache
-from mhc_dist.model.hyper_connection import StreamHead, expand
+from mhc_dist.model.hyper_connection import Carried, StreamHead, expand
 from mhc_dist.model.layer import Layer
 from mhc_dist.model.linear import Linear
 
@@ -62,11 +62,11 @@ class LanguageModel(nn.Module):
 
         caches: one a layer; `tokens_BL` are then new tokens of the one sequence they hold.
         """
-        streams_TNC: Tensor = self.embedding(tokens_BL)
+        carried = Carried(self.embedding(tokens_BL))
         for index, layer in enumerate(self.layers):
             cache = None if caches is None else caches[index]
-            streams_TNC = layer(streams_TNC, tokens_BL.shape[0], cache)
-        return streams_TNC
+            carried = layer(carried, tokens_BL.shape[0], cache)
+        return carried.streams_TNC
 
     def forward(self, tokens_BL: Tensor, targets_BL: Tensor) -> Tensor:
         """Mean loss over the B * L tokens, in nats per token."""

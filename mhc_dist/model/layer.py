@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from mhc_kernels.seam import SeamBackend
-from torch import Tensor, nn
+from torch import nn
 
 from mhc_dist.config import RunConfig
 from mhc_dist.model.attention import LatentAttention, LatentCache
 from mhc_dist.model.feed_forward import FeedForward
-from mhc_dist.model.hyper_connection import make_connection
+from mhc_dist.model.hyper_connection import Carried, make_connection
 from mhc_dist.model.moe import MixtureOfExperts
 
 
@@ -36,14 +36,15 @@ class Layer(nn.Module):
         else:
             self.feed_forward = MixtureOfExperts(model, first_expert, num_local_experts)
 
-    def forward(self, streams_TNC: Tensor, num_sequences: int, cache: LatentCache | None = None) -> Tensor:
+    def forward(self, carried: Carried, num_sequences: int, cache: LatentCache | None = None) -> Carried:
         """With a cache: the new tokens of the one sequence whose earlier tokens are in the cache."""
-        entry = self.attention_connection.enter(streams_TNC)
+        entry = self.attention_connection.enter(*carried)
         y_TC = self.attention(entry.h_TC, num_sequences, cache)
         streams_TNC = self.attention_connection.leave(entry.streams_TNC, y_TC, entry.mix)
-        entry = self.feed_forward_connection.enter(streams_TNC)
+        entry = self.feed_forward_connection.enter(streams_TNC, entry.mix.pre_TN)
         y_TC = self.feed_forward(entry.h_TC)
-        return self.feed_forward_connection.leave(entry.streams_TNC, y_TC, entry.mix)
+        streams_TNC = self.feed_forward_connection.leave(entry.streams_TNC, y_TC, entry.mix)
+        return Carried(streams_TNC, entry.mix.pre_TN)
 
 
 def is_dense(config: RunConfig, index: int) -> bool:

@@ -53,10 +53,11 @@ def expert_layers(config: RunConfig, place: ChunkPlace) -> list[int]:
 def chunk_shape(config: RunConfig, place: ChunkPlace) -> ChunkShape:
     """The dataflow of a chunk. `parallel/chunk.py` describes the items and runs them."""
     items: list[ItemShape] = []
+    mix = ("post", "res", "pre") if config.residual.shifted_pre else ("post", "res")
     carried: tuple[str, ...] = (CHUNK_INPUT,)
     for k in expert_layers(config, place):
         written = tuple(
-            f"{name}.{k}" for name in ("streams", "post", "res", "hidden", "weights", "rows", "plan", "sent")
+            f"{name}.{k}" for name in ("streams", *mix, "hidden", "weights", "rows", "plan", "sent")
         )
         items.append(PhaseShape(f"attention.{k}", carried, written))
         items.append(ExchangeShape(f"counts.{k}", (f"sent.{k}",), (f"arrival.{k}",), differentiable=False))
@@ -65,7 +66,7 @@ def chunk_shape(config: RunConfig, place: ChunkPlace) -> ChunkShape:
             items.append(PhaseShape(f"shared.{k}", (f"hidden.{k}",), (f"shared.{k}",)))
         items.append(PhaseShape(f"experts.{k}", (f"arrived.{k}", f"arrival.{k}"), (f"answers.{k}",)))
         items.append(ExchangeShape(f"combine.{k}", (f"answers.{k}", f"arrival.{k}"), (f"returned.{k}",)))
-        carried = tuple(f"{name}.{k}" for name in ("streams", "post", "res", "weights", "plan", "returned"))
+        carried = tuple(f"{name}.{k}" for name in ("streams", *mix, "weights", "plan", "returned"))
         if config.model.num_shared_experts:
             carried += (f"shared.{k}",)
     reads = (*carried, CHUNK_TARGETS) if place.is_last else carried

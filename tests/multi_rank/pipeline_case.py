@@ -13,6 +13,7 @@ from mhc_dist.config import RunConfig
 from mhc_dist.model.initialize import initialize
 from mhc_dist.model.language_model import LanguageModel
 from mhc_dist.model.moe import Experts, Router
+from mhc_dist.parallel.boundary import message_shape
 from mhc_dist.parallel.expert_exchange import ExpertExchange
 from mhc_dist.parallel.layout import chunk_places, chunk_shape
 from mhc_dist.parallel.process_groups import ProcessGroups
@@ -73,9 +74,8 @@ def build_stage(config: RunConfig, program: Program, topology: Topology, groups:
 
 
 def make_transport(config: RunConfig, topology: Topology, groups: ProcessGroups) -> GroupTransport:
-    num_tokens = config.data.sequences_per_microbatch * config.data.sequence_length
-    shape = (num_tokens, config.residual.num_streams, config.model.hidden_size)
     dtype = torch.bfloat16 if config.train.precision == "bf16" else torch.float32
+    shape = message_shape(config, dtype)
     peers = {stage: topology.rank_of(stage, topology.data_rank) for stage in range(topology.pipeline)}
     return GroupTransport(groups.channels, peers, topology.rank, shape, dtype, torch.device("cpu"))
 

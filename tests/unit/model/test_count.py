@@ -21,11 +21,12 @@ def built(config: RunConfig) -> LanguageModel:
 
 
 @pytest.mark.parametrize("name", ["tiny", "paper_3b", "paper_27b"])
-@pytest.mark.parametrize("kind", ["residual", "hc", "mhc", "identity"])
+@pytest.mark.parametrize("kind", ["residual", "hc", "mhc", "identity", "mhc_lite", "krom"])
 def test_count_equals_the_model(name: str, kind: str) -> None:
-    streams = 1 if kind == "residual" else 4
+    streams = {"residual": 1, "krom": 8}.get(kind, 4)
     config = load_config(
-        CONFIGS / f"{name}.yaml", [f"residual.kind={kind}", f"residual.num_streams={streams}"]
+        CONFIGS / f"{name}.yaml",
+        [f"residual.kind={kind}", f"residual.num_streams={streams}", "kernels.backend=cpu"],
     )
     model = built(config)
     count = count_parameters(config)
