@@ -36,6 +36,8 @@ def check_expressible(config: RunConfig) -> None:
                 f"residual.sinkhorn_eps={residual.sinkhorn_eps} differs from residual.pre_eps="
                 f"{residual.pre_eps}: hc_eps is one number for both"
             )
+        if residual.shifted_pre:
+            problems.append("residual.shifted_pre=true: in DeepSeek-V4 every sublayer uses its own H_pre")
         if residual.reduce != "learned":
             problems.append(f"residual.reduce={residual.reduce}: hc_head_fn is a learned head")
     if model.num_layers > model.num_dense_layers and model.num_experts < 2:

@@ -36,7 +36,7 @@ def test_huggingface_round_trip(tmp_path: Path, residual: dict[str, Any]) -> Non
     torch.testing.assert_close(logits(back, tokens()), logits(model, tokens()), rtol=0, atol=1e-5)
 
 
-@pytest.mark.parametrize("kind", ["residual", "hc", "mhc", "identity"])
+@pytest.mark.parametrize("kind", ["residual", "hc", "mhc", "identity", "mhc_lite", "krom"])
 def test_torch_round_trip(tmp_path: Path, kind: str) -> None:
     """Oracle: the state dict that went in; the file loads with weights_only into a fresh model."""
     config = export_config({"kind": kind, "num_streams": 1 if kind == "residual" else 4, "reduce": "mean"})
@@ -78,6 +78,7 @@ def test_latent_scale_is_a_power_of_two(eps: float, scale: float) -> None:
         ({"kind": "identity"}, "residual.kind=identity"),
         ({"sinkhorn_eps": 1e-6}, "residual.sinkhorn_eps=1e-06 differs from residual.pre_eps=0.0"),
         ({"reduce": "mean"}, "residual.reduce=mean"),
+        ({"shifted_pre": True}, "residual.shifted_pre=true"),
     ],
 )
 def test_what_the_layout_has_no_words_for_is_named(residual: dict[str, Any], message: str) -> None:
