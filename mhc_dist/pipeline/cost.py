@@ -18,6 +18,9 @@ class PhaseCost:
     saved_bytes: kept from its forward to its backward. dropped_bytes: dropped after the forward, brought back
     by RECOMPUTE for the backward. A deferred weight gradient still needs weight_input_bytes of those, and
     output_gradient_bytes that its input-gradient half made.
+
+    Between phases, values and gradients wait for who reads them: the forward takes taken_bytes and leaves
+    left_bytes, the backward gradient_taken_bytes and gradient_left_bytes.
     """
 
     forward: float
@@ -28,6 +31,10 @@ class PhaseCost:
     dropped_bytes: int = 0
     weight_input_bytes: int = 0
     output_gradient_bytes: int = 0
+    taken_bytes: int = 0
+    left_bytes: int = 0
+    gradient_taken_bytes: int = 0
+    gradient_left_bytes: int = 0
 
     @property
     def deferred_bytes(self) -> int:
@@ -36,11 +43,15 @@ class PhaseCost:
 
 @dataclass(frozen=True, slots=True)
 class ExchangeCost:
-    """Seconds on the wire, each way, and the lane that carries it: one lane carries one thing at a time."""
+    """Seconds on the wire, each way, and the lane that carries it: one lane carries one thing at a time.
+
+    buffer_bytes: while rows fly they are held twice, as they left and as they arrive.
+    """
 
     forward: float
     backward: float
     lane: str = "link"
+    buffer_bytes: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,11 +113,16 @@ def bytes_at_start(action: Action, costs: CostTable) -> int:
     """Bytes that `action` needs beyond what is live, from the moment it starts."""
     match action.kind:
         case ActionKind.COMPUTE:
-            return costs.phase(action).saved_bytes + costs.phase(action).dropped_bytes
+            phase = costs.phase(action)
+            return phase.saved_bytes + phase.dropped_bytes + phase.left_bytes
         case ActionKind.RECOMPUTE:
             return costs.phase(action).dropped_bytes
         case ActionKind.GRADIENT:
-            return costs.phase(action).output_gradient_bytes if action.defer_weights else 0
+            phase = costs.phase(action)
+            deferred = phase.output_gradient_bytes if action.defer_weights else 0
+            return deferred + phase.gradient_left_bytes
+        case ActionKind.ISSUE:
+            return costs.exchanges[action.chunk, action.item].buffer_bytes
         case ActionKind.RECV:
             return costs.message.payload_bytes
         case _:
@@ -118,13 +134,16 @@ def bytes_at_end(action: Action, costs: CostTable, *, training: bool = True) -> 
     match action.kind:
         case ActionKind.COMPUTE:
             phase = costs.phase(action)
-            return phase.dropped_bytes + (0 if training else phase.saved_bytes)
+            saved = 0 if training else phase.saved_bytes
+            return phase.dropped_bytes + phase.taken_bytes + saved
         case ActionKind.GRADIENT:
             phase = costs.phase(action)
             kept = phase.weight_input_bytes if action.defer_weights else 0
-            return phase.saved_bytes + phase.dropped_bytes - kept
+            return phase.saved_bytes + phase.dropped_bytes + phase.gradient_taken_bytes - kept
         case ActionKind.WEIGHT:
             return costs.phase(action).deferred_bytes
+        case ActionKind.WAIT:
+            return costs.exchanges[action.chunk, action.item].buffer_bytes
         case ActionKind.ARRIVE:
             return costs.message.payload_bytes
         case _:

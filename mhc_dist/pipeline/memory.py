@@ -21,6 +21,14 @@ def held_bytes(program: Program, costs: CostTable, rank: int) -> list[tuple[Acti
     return result
 
 
+def settled_bytes(program: Program, costs: CostTable, rank: int) -> list[tuple[Action, int]]:
+    """Every action of `rank` with the bytes that are held once it is done."""
+    return [
+        (action, held - bytes_at_end(action, costs, training=program.training))
+        for action, held in held_bytes(program, costs, rank)
+    ]
+
+
 def check_memory(program: Program, costs: CostTable, budget: int) -> None:
     """Raise InvalidProgram at the first action that needs more than `budget` bytes on its rank."""
     for rank in range(program.num_ranks):

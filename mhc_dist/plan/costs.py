@@ -12,6 +12,7 @@ from mhc_dist.pipeline.action import CHUNK_INPUT, PhaseShape
 from mhc_dist.pipeline.cost import CostTable, ExchangeCost, MessageCost, PhaseCost
 from mhc_dist.plan.charge import Charge
 from mhc_dist.plan.cluster import Link
+from mhc_dist.plan.kept import Kept, KeptModel, Seams, phase_bytes
 from mhc_dist.plan.layout import Layout, Shapes
 from mhc_dist.plan.machine import Machine
 from mhc_dist.plan.static_memory import gradient_seconds, static_by_rank
@@ -35,10 +36,9 @@ SCORES_BACKWARD = 2.5
 class _Parts:
     """What a phase consists of: seams at the chunk's start, between sublayers, at its end; and the rest."""
 
-    enters: int
-    crosses: int
-    leaves: int
+    seams: Seams
     work: Work
+    kept: Kept
 
 
 class CostModel:
@@ -50,6 +50,7 @@ class CostModel:
         self.calibration = machine.calibration
         self.num_tokens = config.data.sequence_length * config.data.sequences_per_microbatch
         self.value_bytes = 2 if config.train.precision == "bf16" else 4
+        self._kept = KeptModel(config)
         self._precision: Literal["fp32", "bf16"] = config.train.precision
         device = cluster.device
         self._memory_rate = device.memory_bytes_per_second.value * device.memory_efficiency.value
@@ -85,12 +86,13 @@ class CostModel:
         connection = connection_work(self.config)
         timed = connection_work(plain_residual(self.config)) if not charge.kernels else connection
         width, tokens = self.config.model.hidden_size, self.num_tokens
-        crossings = parts.enters + parts.crosses
-        rows = parts.enters * timed.enter + parts.crosses * timed.cross + parts.leaves * timed.leave
+        seams = parts.seams
+        crossings = seams.enters + seams.crosses
+        rows = seams.enters * timed.enter + seams.crosses * timed.cross + seams.leaves * timed.leave
         rows_backward = (
-            parts.enters * timed.enter_backward
-            + parts.crosses * timed.cross_backward
-            + parts.leaves * timed.leave_backward
+            seams.enters * timed.enter_backward
+            + seams.crosses * timed.cross_backward
+            + seams.leaves * timed.leave_backward
         )
         projection = self._matmul_seconds(timed.projection * crossings * tokens, layout)
         forward_values = tokens * (work.values + rows * width)
@@ -98,19 +100,18 @@ class CostModel:
         linear = self._matmul_seconds(work.linear * tokens, layout)
         scores = self._attention_seconds(work.scores * tokens, layout)
         forward = linear + scores + self._value_seconds(forward_values) + projection
-        row_bytes = tokens * width * self.value_bytes
-        work_bytes = tokens * work.kept * self.value_bytes
-        kept_bytes, dropped_bytes, recompute = work_bytes + crossings * connection.kept * row_bytes, 0.0, 0.0
-        if shape.drops and layout.recompute_everything:
-            kept_bytes, dropped_bytes, recompute = self._input_rows(shape) * row_bytes, kept_bytes, forward
-        elif shape.drops:
-            dropped_bytes = crossings * (connection.kept - connection.kept_anyway) * row_bytes
-            kept_bytes -= dropped_bytes
-            if not shape.recompute_after:
-                kept_bytes += connection.block_start * row_bytes
-            recompute = self._value_seconds(tokens * crossings * connection.recompute * width)
-        # Each crossing makes one normalised row, the input of the next matrices.
-        weight_inputs = tokens * work.weight_inputs * self.value_bytes + crossings * row_bytes
+        held = phase_bytes(
+            self._kept,
+            shape,
+            parts.seams,
+            parts.kept,
+            everything=layout.recompute_everything,
+            first=place.is_first,
+        )
+        recompute = 0.0
+        if shape.drops and charge.recompute:
+            rewritten = self._value_seconds(tokens * crossings * connection.recompute * width)
+            recompute = forward if layout.recompute_everything else rewritten
         return PhaseCost(
             forward=forward,
             input_gradient=linear
@@ -118,22 +119,16 @@ class CostModel:
             + self._value_seconds(backward_values)
             + 2 * projection,
             weight_gradient=linear if shape.has_weights else 0.0,
-            recompute=recompute if charge.recompute else 0.0,
-            saved_bytes=round(kept_bytes),
-            dropped_bytes=round(dropped_bytes),
-            weight_input_bytes=round(min(weight_inputs, kept_bytes + dropped_bytes)),
-            output_gradient_bytes=round(tokens * work.gradients * self.value_bytes),
+            recompute=recompute,
+            saved_bytes=round(tokens * held.saved),
+            dropped_bytes=round(tokens * held.dropped),
+            weight_input_bytes=round(tokens * held.weight_inputs),
+            output_gradient_bytes=round(tokens * held.weight_gradients),
+            taken_bytes=round(tokens * held.taken),
+            left_bytes=round(tokens * held.left),
+            gradient_taken_bytes=round(tokens * held.gradients_taken),
+            gradient_left_bytes=round(tokens * held.gradients_left),
         )
-
-    def _input_rows(self, shape: PhaseShape) -> float:
-        """Rows C per token that a phase reads: what full recomputation keeps."""
-        m, n = self.config.model, self.config.residual.num_streams
-        kind = shape.name.partition(".")[0]
-        if kind == "experts":
-            return m.num_active_experts
-        if kind == "shared":
-            return 1
-        return n if CHUNK_INPUT in shape.reads else n + m.num_active_experts + 1
 
     def _parts(self, place: ChunkPlace, shape: PhaseShape) -> _Parts:
         """Which sublayers a phase of `parallel.chunk` runs."""
@@ -141,25 +136,29 @@ class CostModel:
         kind, _, number = shape.name.partition(".")
         match kind:
             case "experts":
-                return _Parts(0, 0, 0, experts_work(config))
+                return _Parts(Seams(0, 0, 0), experts_work(config), self._kept.experts())
             case "shared":
-                return _Parts(0, 0, 0, shared_work(config))
+                return _Parts(Seams(0, 0, 0), shared_work(config), self._kept.shared())
         experts_before = [k for k in expert_layers(config, place) if not number or k < int(number)]
         from_input = CHUNK_INPUT in shape.reads
         first = place.first_layer if from_input else experts_before[-1] + 1
         last = place.last_layer if kind == "finish" else int(number)
         work = Work() if from_input else gathering_work(config)
+        kept = Kept() if from_input else self._kept.gathering()
         # Every dense layer is two sublayers, and the phase of an expert layer enters both of that layer's.
         sublayers = 2 * (last - first) + (2 if kind == "attention" else 0)
         for _ in range(first, last):
             work = work + attention_work(config) + dense_work(config.model)
+            kept = kept + self._kept.attention() + self._kept.dense()
         if kind == "attention":
             work = work + attention_work(config) + routing_work(config)
+            kept = kept + self._kept.attention() + self._kept.routing()
         if kind == "finish" and place.is_last:
             work = work + head_work(config)
+            kept = kept + self._kept.head()
         enters = int(from_input and sublayers > 0)
         leaves = int(kind == "finish" and (sublayers > 0 or not from_input))
-        return _Parts(enters, sublayers - enters, leaves, work)
+        return _Parts(Seams(enters, sublayers - enters, leaves), work, kept)
 
     def _exchange(self, layout: Layout, name: str) -> ExchangeCost:
         """All-to-all over the expert group: inside a node as far as it fits, the rest over the network."""
@@ -177,7 +176,7 @@ class CostModel:
         to_node = payload * (inside - 1) / layout.expert / node.bytes_per_second.value
         to_network = payload * (layout.expert - inside) / layout.expert / network.bytes_per_second.value
         seconds = latency + max(to_node, to_network)
-        return ExchangeCost(seconds, seconds, lane)
+        return ExchangeCost(seconds, seconds, lane, buffer_bytes=payload)
 
     def _message(self, layout: Layout, charge: Charge) -> MessageCost:
         """Streams of one microbatch to the next pipeline rank, `data` ranks away."""
