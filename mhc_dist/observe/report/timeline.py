@@ -93,7 +93,9 @@ def _draw(axes: Axes, events: Sequence[TraceEvent], title: str) -> None:
             bars = [(e.start - start, e.end - e.start) for e in chosen if e.rank == rank]
             if bars:
                 axes.broken_barh(bars, (row - 0.4, 0.8), facecolors=_colour(kind), linewidth=0)
-    axes.set_yticks(range(len(ranks)), [f"rank {rank}" for rank in ranks])
+    # A planned run has pipeline ranks, a real one world ranks: stages are what both have.
+    names = [f"stage {row}" if row == rank else f"stage {row}, rank {rank}" for row, rank in enumerate(ranks)]
+    axes.set_yticks(range(len(ranks)), names)
     axes.set_ylim(len(ranks) - 0.5, -0.5)
     axes.set_xlim(0, max(event.end for event in events) - start)
     axes.set_title(title, loc="left", fontsize=10)

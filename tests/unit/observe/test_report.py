@@ -4,6 +4,7 @@ import json
 import re
 import subprocess
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +15,11 @@ from mhc_dist.observe.metrics import CommOp, CommUse, RankStep
 from mhc_dist.observe.rank_log import RankLog, read_rank_logs
 from mhc_dist.observe.report.build import write_comparison, write_report
 from mhc_dist.observe.report.charts import composite_gains
+from mhc_dist.observe.report.run_record import read_run
 from mhc_dist.observe.report.thin import thin
+from mhc_dist.observe.report.timeline import planned_events
 from mhc_dist.observe.run_log import RunLog
+from mhc_dist.pipeline.perfetto import write_events
 from mhc_dist.pipeline.trace import StepPhase
 from tests.debian import require_command
 
@@ -80,6 +84,24 @@ def test_a_page_shows_what_the_run_recorded(tmp_path: Path) -> None:
     assert {"loss", "grad-norm", "phases", "memory"} <= pictures
     assert not re.search(r'(src|href)="(?!#)|url\((?!#)', text), "a page that needs other files"
     assert "<script" not in text
+
+
+def test_the_timeline_shows_a_step_as_planned_and_as_measured(tmp_path: Path) -> None:
+    """Oracle: a plan played back as if it had been measured: two rows of equal bars."""
+    run = make_run(tmp_path / "traced")
+    planned = planned_events(read_run(run))
+    assert {event.rank for event in planned} == {0, 1}
+    measured = [
+        replace(event, rank=2 * event.rank, start=event.start + 5, end=event.end + 5) for event in planned
+    ]
+    (run / "trace").mkdir()
+    write_events(measured, run / "trace" / "step_7.json", {"step": 7})
+    text = write_report(run).read_text()
+    assert "measured, step 7" in text
+    assert "planned" in text
+    assert text.count("stage 1, rank 2") == 1
+    without_plan = make_run(tmp_path / "unplaced", schedule__cluster="null")
+    assert planned_events(read_run(without_plan)) == []
 
 
 def test_ten_thousand_steps_stay_small_and_fast(tmp_path: Path) -> None:
