@@ -10,6 +10,7 @@ import itertools
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as functional
 from torch import Tensor
 
 from mhc_kernels.spec import Connection, ConnectionSpec, Mixing, coefficient_dtype
@@ -78,12 +79,18 @@ def kronecker_product(logits_TK: Tensor) -> Tensor:
     return res_TNN
 
 
+def gate(logits: Tensor) -> Tensor:
+    """Sigmoid. Autograd multiplies by 1 - sigmoid, which at logits of 30 is rounding noise even in fp64; the
+    gradient of its logarithm is accurate everywhere."""
+    return functional.logsigmoid(logits).exp()
+
+
 def coefficients(mix_TM: Tensor, alpha_3: Tensor, bias_M: Tensor, spec: ConnectionSpec) -> Coefficients:
     """H_pre = sigmoid, H_post = 2 sigmoid, H_res = doubly stochastic: Eq. 14-19."""
     n = spec.num_streams
     logits_TM = logits(mix_TM, alpha_3, bias_M, n)
-    pre_TN = logits_TM[:, :n].sigmoid() + spec.pre_eps
-    post_TN = 2.0 * logits_TM[:, n : 2 * n].sigmoid()
+    pre_TN = gate(logits_TM[:, :n]) + spec.pre_eps
+    post_TN = 2.0 * gate(logits_TM[:, n : 2 * n])
     res_TNN: Tensor | None = None
     match spec.mixing:
         case Mixing.SINKHORN:

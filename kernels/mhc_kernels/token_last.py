@@ -61,9 +61,10 @@ def coefficients_backward(
     n = spec.num_streams
     logits_MT = _logits(mix_TM, alpha_3, bias_M, n)
     d_logits_MT = torch.empty_like(logits_MT)
-    pre_NT, half_post_NT = logits_MT[:n].sigmoid(), logits_MT[n : 2 * n].sigmoid()
-    d_logits_MT[:n] = d_pre_TN.T * pre_NT * (1 - pre_NT)
-    d_logits_MT[n : 2 * n] = 2.0 * d_post_TN.T * half_post_NT * (1 - half_post_NT)
+    gates_MT = logits_MT[: 2 * n]
+    slopes_MT = gates_MT.sigmoid() * (-gates_MT).sigmoid()  # 1 - sigmoid would be 0 from logits of 17 on
+    d_logits_MT[:n] = d_pre_TN.T * slopes_MT[:n]
+    d_logits_MT[n : 2 * n] = 2.0 * d_post_TN.T * slopes_MT[n:]
     match spec.mixing:
         case Mixing.SINKHORN:
             assert d_res_TNN is not None

@@ -10,7 +10,7 @@ registers while it walks its tokens. x' is recomputed from x and y, which are re
 (dres, dpost) are stored per channel block, sums over tokens (dphi, dgain) per token split; the
 reduce_partials kernels add them in a fixed order.
 
-Registers are what this kernel is short of. Three things keep it within them at 8 channels (128 bits) a thread:
+Registers are scarce here. Three things keep it within them at 8 channels, 128 bits, a thread:
 
 * both products are written with channels as rows, (BC, .), and their results transposed. The compiler prefers
   the matrix unit's layout for everything a product touches, where a thread holds several tokens and hence the

@@ -10,7 +10,7 @@ only. The gradient of the streams is not needed here: it meets x' in backward_ap
 import triton
 import triton.language as tl
 
-from mhc_kernels.device.common import sigmoid
+from mhc_kernels.device.common import sigmoid_slope
 from mhc_kernels.device.mix_pre import IDENTITY, PERMUTATIONS, SINKHORN
 from mhc_kernels.device.sinkhorn import sinkhorn_backward
 
@@ -112,11 +112,11 @@ def backward_dots_kernel(
     mix_n = mix_ptr + rows[:, None] * M + n_index[None, :]
     mix_pre = tl.load(mix_n, mask=row_n, other=0.0)
     mix_post = tl.load(mix_n + N, mask=row_n, other=0.0)
-    pre = sigmoid(alpha_pre * mix_pre + tl.load(bias_ptr + n_index)[None, :])
-    half_post = sigmoid(alpha_post * mix_post + tl.load(bias_ptr + N + n_index)[None, :])
+    pre_slope = sigmoid_slope(alpha_pre * mix_pre + tl.load(bias_ptr + n_index)[None, :])
+    half_post_slope = sigmoid_slope(alpha_post * mix_post + tl.load(bias_ptr + N + n_index)[None, :])
     d_post = tl.load(d_post_ptr + rows[:, None] * d_post_stride + n_index[None, :], mask=row_n, other=0.0)
-    d_logit_pre = d_pre * pre * (1.0 - pre)
-    d_logit_post = 2.0 * d_post * half_post * (1.0 - half_post)
+    d_logit_pre = d_pre * pre_slope
+    d_logit_post = 2.0 * d_post * half_post_slope
     projection_n = d_projection_ptr + rows[:, None] * M + n_index[None, :]
     d_mix_pre, d_mix_post = alpha_pre * d_logit_pre, alpha_post * d_logit_post
     tl.store(projection_n, d_mix_pre * rstd_x[:, None], mask=row_n)

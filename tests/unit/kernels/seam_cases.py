@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
+from unittest import mock
 
 import torch
-from mhc_kernels.seam import Connection, ConnectionSpec, Kept, Mixing, Seam, SeamBackend
+from mhc_kernels import reference
+from mhc_kernels.seam import Connection, ConnectionSpec, Kept, Mixing, Seam, SeamBackend, make_backend
 from torch import Tensor
 
 
@@ -114,6 +117,57 @@ def relative_error(value: Tensor, oracle: Tensor) -> float:
     """|value - oracle| / |oracle| in the 2-norm, in fp64."""
     value, oracle = value.detach().double(), oracle.detach().double()
     return ((value - oracle).norm() / oracle.norm().clamp(min=1e-300)).item()
+
+
+def rounding_effect(inputs: Inputs, exact: dict[str, Tensor], draws: int = 4) -> dict[str, float]:
+    """How far each gradient moves, in norm and in fp64, when every input moves by up to one unit in the last
+    place of fp32 and the logits are rounded to fp32: no arithmetic with fp32 coefficients can be expected to
+    do better. The largest of several draws."""
+    generator = torch.Generator().manual_seed(7)
+    exact_logits = reference.logits
+
+    def nearly(tensor: Tensor, last_places: float) -> Tensor:
+        units = torch.rand(tensor.shape, generator=generator, dtype=torch.float64) * 2 - 1
+        return tensor * (1 + units * last_places * torch.finfo(torch.float32).eps)
+
+    def rounded_logits(*arguments: Any) -> Tensor:
+        return nearly(exact_logits(*arguments), 0.5)
+
+    moved = dict.fromkeys(exact, 0.0)
+    for _ in range(draws):
+        nearby = widened(inputs)
+        with torch.no_grad():
+            for leaf in nearby.leaves().values():
+                leaf.copy_(nearly(leaf, 1.0))
+        with mock.patch.object(reference, "logits", rounded_logits):
+            shifted = gradients(make_backend("reference"), nearby)
+        for name, grad in shifted.items():
+            moved[name] = max(moved[name], (grad - exact[name]).norm().item())
+    return moved
+
+
+def check_gradients(backend: SeamBackend, inputs: Inputs) -> None:
+    """Every gradient within 1e-5 of fp64 autograd, relative in norm. Where rounding inputs and logits alone
+    moves a gradient further than that (sums that cancel), within twice that movement."""
+    exact = gradients(make_backend("reference"), widened(inputs))
+    ours = gradients(backend, inputs)
+    assert ours.keys() == exact.keys()
+    errors = {name: (grad.double() - exact[name]).norm().item() for name, grad in ours.items()}
+    missed = [name for name, error in errors.items() if not error <= 1e-5 * exact[name].norm().item()]
+    if missed:
+        moved = rounding_effect(inputs, exact)
+        for name in missed:
+            assert errors[name] <= 2 * moved[name], (name, errors[name], moved[name], exact[name].norm())
+
+
+def logits_of_thirty(inputs: Inputs, *, saturated: bool) -> None:
+    """Set the biases so that logits spread up to +-30: all at the ends (saturated), or evenly between."""
+    generator = torch.Generator().manual_seed(4)
+    with torch.no_grad():
+        for connection in inputs.connections:
+            spread = torch.rand(connection.bias_M.shape, generator=generator) * 2 - 1
+            connection.bias_M.copy_((spread.sign() if saturated else spread) * 30.0)
+            connection.alpha_3.fill_(0.01 if saturated else 1.0)
 
 
 ALL_SPECS = [
