@@ -39,6 +39,8 @@ class _Transfer:
     works: tuple[dist.Work, ...]
     link: EmulatedLink | None
     landing: float
+    keep: Tensor | None = None
+    """A buffer of this file's own that must stay until it has left."""
 
     def wait(self, timeout: timedelta | None = None) -> bool:
         for work in self.works:
@@ -136,8 +138,8 @@ class LinkedGroup(dist.ProcessGroup):
         landing = link.send(payload_bytes)
         seconds = link.seconds(payload_bytes)
         note = torch.tensor([landing - seconds, seconds], dtype=torch.float64)
-        self._gloo.send([note], dstRank, tag).wait()
-        return _Transfer((self._gloo.send([tensor], dstRank, tag),), link, landing)
+        works = (self._gloo.send([note], dstRank, tag), self._gloo.send([tensor], dstRank, tag))
+        return _Transfer(works, link, landing, note)
 
     def recv(self, tensors: Sequence[Tensor], srcRank: int, tag: int = 0) -> Any:
         link = self._route.link

@@ -11,7 +11,7 @@ get the same times from inside their graphs (`enter` and `leave` around the laye
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol
@@ -26,7 +26,7 @@ Key = tuple[int, str]
 """(chunk, phase)"""
 
 Half = Literal["both", "input", "none"]
-"""Which part of a backward autograd is asked for: both gradients, the inputs' only, or what `weights` times."""
+"""What autograd is asked for: both gradients, those of inputs, or those of weights, which `weights` times."""
 
 COMPUTE = (ActionKind.COMPUTE, ActionKind.GRADIENT, ActionKind.WEIGHT, ActionKind.RECOMPUTE)
 

@@ -6,6 +6,8 @@ all engines of the comparison: it is about forwards and backwards. Everything el
 
 from __future__ import annotations
 
+import contextlib
+import io
 import logging
 import os
 from typing import Any
@@ -49,27 +51,27 @@ class DeepSpeedDualPipeV:
         compatible_ops["deepspeed_shm_comm"] = False
         # The world is there already; this only tells DeepSpeed to use it.
         deepspeed.init_distributed(dist_backend="gloo", auto_mpi_discovery=False, verbose=False)
-        module = DualPipeVModule(
-            layers=layers,
-            topology=PipeDataParallelTopology(num_pp=topology.pipeline, num_dp=topology.data),
-            loss_fn=self._chunks[max(self._chunks)].loss,
-            partition_method="uniform",
-            activation_checkpoint_interval=0,
-        )
         num_microbatches = len(setting.microbatches)
         sequences = setting.config.data.sequences_per_microbatch
-        engine, *_ = deepspeed.initialize(
-            model=module,
-            optimizer=torch.optim.SGD(
-                module.parameters(), lr=0.0
-            ),  # the engine insists on one; never stepped
-            config={
-                "train_micro_batch_size_per_gpu": sequences,
-                "gradient_accumulation_steps": num_microbatches,
-                "train_batch_size": sequences * num_microbatches * topology.data,
-                "steps_per_print": None,
-            },
-        )
+        with contextlib.redirect_stdout(io.StringIO()):
+            module = DualPipeVModule(
+                layers=layers,
+                topology=PipeDataParallelTopology(num_pp=topology.pipeline, num_dp=topology.data),
+                loss_fn=self._chunks[max(self._chunks)].loss,
+                partition_method="uniform",
+                activation_checkpoint_interval=0,
+            )
+            engine, *_ = deepspeed.initialize(
+                model=module,
+                # The engine insists on an optimizer; it is never stepped.
+                optimizer=torch.optim.SGD(module.parameters(), lr=0.0),
+                config={
+                    "train_micro_batch_size_per_gpu": sequences,
+                    "gradient_accumulation_steps": num_microbatches,
+                    "train_batch_size": sequences * num_microbatches * topology.data,
+                    "steps_per_print": None,
+                },
+            )
         engine._INSTRUCTION_MAP = {**engine._INSTRUCTION_MAP, **dict.fromkeys(LEFT_OUT, _nothing)}
         engine._aggregate_total_loss = lambda: engine.total_loss  # no exchange of losses between data ranks
         self._engine = engine
