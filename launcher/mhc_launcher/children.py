@@ -18,7 +18,10 @@ from types import FrameType
 import psutil
 
 STOP_SECONDS = 90.0
-"""How long ranks may take to finish after a request to stop: a step and whatever they save."""
+"""How long ranks may take to finish after a request to stop, where nobody says otherwise."""
+
+STOP_MARGIN_SECONDS = 30.0
+"""What is added to checkpoint.stop_seconds, the time in which ranks end by themselves."""
 
 OVER_SECONDS = 20.0
 """How long a command may outlive its run: the ranks of the other nodes end within that time."""
@@ -52,28 +55,32 @@ def run_group(
     environment: dict[str, str],
     is_rank: Callable[[Sequence[str]], bool],
     *,
-    ask_elsewhere: Callable[[], bool] | None = None,
+    ask_elsewhere: Callable[[signal.Signals], bool] | None = None,
     is_over: Callable[[], bool] = lambda: False,
+    stop_seconds: float = STOP_SECONDS,
 ) -> Ended:
     """Run `command` to its end with this process's output.
 
     Args:
         is_rank: knows a rank by its command line.
-        ask_elsewhere: asks ranks on other hosts to stop; False when there are none.
+        ask_elsewhere: asks ranks on other hosts to stop, by a signal; False when there are none.
         is_over: whether the run itself has ended. A command that outlives it by `OVER_SECONDS`, waiting for a
             node that is gone, is ended.
+        stop_seconds: how long ranks may take to finish after a request to stop.
     """
     requests = _StopRequests()
-    caught = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+    caught = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
     previous = {number: signal.signal(number, requests.note) for number in caught}
     try:
         process = subprocess.Popen(command, env=environment, stdin=subprocess.DEVNULL, process_group=0)
 
-        def ask_to_stop() -> None:
-            if ask_elsewhere is None or not ask_elsewhere():
-                _ask_to_stop(process.pid, is_rank)
+        def ask_to_stop(received: signal.Signals) -> None:
+            # A scheduler's warning stays one: ranks end with another code then.
+            number = signal.SIGUSR1 if received == signal.SIGUSR1 else signal.SIGTERM
+            if ask_elsewhere is None or not ask_elsewhere(number):
+                _ask_to_stop(process.pid, is_rank, number)
 
-        _wait(process, requests, ask_to_stop, is_over)
+        _wait(process, requests, ask_to_stop, is_over, stop_seconds)
         _end_group(process.pid)
     finally:
         for number, handler in previous.items():
@@ -85,16 +92,17 @@ def run_group(
 def _wait(
     process: subprocess.Popen[bytes],
     requests: _StopRequests,
-    ask_to_stop: Callable[[], None],
+    ask_to_stop: Callable[[signal.Signals], None],
     is_over: Callable[[], bool],
+    stop_seconds: float,
 ) -> None:
     """Until the command ends. The first request goes to the ranks, the second one ends everything."""
     deadline: float | None = None
     over_since: float | None = None
     while process.poll() is None:
         if requests.received and deadline is None:
-            deadline = time.monotonic() + STOP_SECONDS
-            ask_to_stop()
+            deadline = time.monotonic() + stop_seconds
+            ask_to_stop(requests.received[0])
         if over_since is None and is_over():
             over_since = time.monotonic()
         outlived = over_since is not None and time.monotonic() > over_since + OVER_SECONDS
@@ -104,8 +112,8 @@ def _wait(
         time.sleep(POLL_SECONDS)
 
 
-def _ask_to_stop(leader: int, is_rank: Callable[[Sequence[str]], bool]) -> None:
-    """SIGTERM to the ranks; to the whole group while there are none yet."""
+def _ask_to_stop(leader: int, is_rank: Callable[[Sequence[str]], bool], number: signal.Signals) -> None:
+    """A signal to the ranks; SIGTERM to the whole group while there are none yet."""
     ranks = []
     for child in psutil.Process(leader).children(recursive=True):
         try:
@@ -115,7 +123,7 @@ def _ask_to_stop(leader: int, is_rank: Callable[[Sequence[str]], bool]) -> None:
             continue
     for rank in ranks:
         try:
-            rank.terminate()
+            rank.send_signal(number)
         except psutil.NoSuchProcess:
             continue
     if not ranks:

@@ -20,6 +20,7 @@ from mhc_launcher.commands_data import data_app
 from mhc_launcher.commands_export import PASS_ON, export_command, generate_command
 from mhc_launcher.commands_observe import compare_command, report_command, top_command
 from mhc_launcher.commands_schedule import plan_command, schedule_command
+from mhc_launcher.run_folder import finished
 from mhc_launcher.start_options import Launcher, StartOptions, checked
 
 app = typer.Typer(
@@ -97,6 +98,13 @@ def train(
     launcher_args: Annotated[
         str, typer.Option(help="Further arguments of pdsh, mpirun or srun, in one string.")
     ] = "",
+    resume: Annotated[
+        str | None,
+        typer.Option(metavar="auto|STEP|PATH", help="Continue from the last checkpoint, a step's, or any."),
+    ] = None,
+    max_restarts: Annotated[
+        int, typer.Option(help="Start again from the last checkpoint after a crash, at most so often.")
+    ] = 0,
 ) -> None:
     """Train on this host, or on the nodes of --hostfile. The last line of output is a JSON summary."""
     options = checked(
@@ -110,15 +118,22 @@ def train(
             interface,
             ssh_port,
             launcher_args,
+            resume,
+            max_restarts,
         )
     )
+    config = _load(path, overrides)
+    if resume == "auto" and (summary := finished(config)):
+        typer.echo(f"mhc-dist: run {config.train.name} has made all its {summary['steps']} steps.", err=True)
+        typer.echo(json.dumps(summary))
+        return
     if options.on_this_host_only:
         from mhc_launcher.local import train_here
 
-        raise typer.Exit(train_here(_load(path, overrides), options.master_port))
+        raise typer.Exit(train_here(config, options.master_port, restarts=options.restarts))
     from mhc_launcher.nodes import train_on_nodes
 
-    raise typer.Exit(train_on_nodes(_load(path, overrides), options))
+    raise typer.Exit(train_on_nodes(config, options))
 
 
 app.command("schedule")(schedule_command)

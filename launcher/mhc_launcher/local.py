@@ -18,14 +18,20 @@ from mhc_dist.config import RunConfig
 from mhc_dist.guard.exit_codes import ExitCode
 from mhc_dist.plan.run_programs import plan_run
 from mhc_launcher import run_folder
-from mhc_launcher.children import Ended, run_group
+from mhc_launcher.attempts import Restarts, run_attempts
+from mhc_launcher.children import STOP_MARGIN_SECONDS, Ended, run_group
 from mhc_launcher.devices import gpus_for_run, threads_per_process
 from mhc_launcher.ports import check_master_port, check_metrics_ports, free_port
 
 TRAINER = "mhc_dist.train"
 
 
-def train_here(config: RunConfig, master_port: int | None = None, trainer: str = TRAINER) -> int:
+def train_here(
+    config: RunConfig,
+    master_port: int | None = None,
+    trainer: str = TRAINER,
+    restarts: Restarts = Restarts(),  # noqa: B008  # frozen
+) -> int:
     """Run `config` to its end and return the exit code. Raises ValueError for what cannot be run here.
 
     On success the last line of stdout is the run's summary, one JSON object.
@@ -37,14 +43,19 @@ def train_here(config: RunConfig, master_port: int | None = None, trainer: str =
             check_master_port(master_port)
         check_metrics_ports(config.observe.metrics_port, config.num_processes)
         gpus = gpus_for_run(config.train.backend, config.num_processes)
-        if moved := run_folder.prepare(config):
+        if moved := run_folder.prepare(config, restarts.resume):
             print(f"An earlier run is kept in {moved}.", flush=True)
-        ended = run_group(
-            deepspeed_command(config, master_port or free_port(), gpus, trainer),
-            environment(config.num_processes, gpus),
-            lambda command: is_rank(command, trainer),
-        )
-        return report(config, ended)
+
+        def start(arguments: list[str]) -> Ended:
+            port = master_port or free_port()
+            return run_group(
+                [*deepspeed_command(config, port, gpus, trainer), *arguments],
+                environment(config.num_processes, gpus),
+                lambda command: is_rank(command, trainer),
+                stop_seconds=config.checkpoint.stop_seconds + STOP_MARGIN_SECONDS,
+            )
+
+        return run_attempts(config, restarts, start, lambda ended: report(config, ended))
 
 
 def report(config: RunConfig, ended: Ended) -> int:
@@ -65,6 +76,9 @@ def tell_end(config: RunConfig, ended: Ended, failure: run_folder.Failure | None
     if ended.stopped_by is not None:
         _say(config, f"was stopped by {ended.stopped_by.name}")
         return code or 128 + ended.stopped_by
+    if code in (ExitCode.STOPPED, ExitCode.PREEMPTED) and failure is None:
+        _say(config, f"was stopped: its ranks ended with exit code {code} ({ExitCode(code).name})")
+        return code
     if failure is not None:
         _say(config, f"failed on rank {failure.rank}: {failure.message.rstrip('.')}")
         return failure.exit_code

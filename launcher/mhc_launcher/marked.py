@@ -3,13 +3,14 @@
 A name or a command line may be another run's; a number may have been given anew. The mark is unique to a
 launch, and everything the launch starts inherits it.
 
-    python -m mhc_launcher.marked MARK stop TRAINER   ask the ranks to end in order
-    python -m mhc_launcher.marked MARK end            end everything that is left
+    python -m mhc_launcher.marked MARK stop TRAINER SIGTERM   ask the ranks to end in order, by a signal
+    python -m mhc_launcher.marked MARK end                    end everything that is left
 """
 
 from __future__ import annotations
 
 import os
+import signal
 import sys
 from collections.abc import Sequence
 
@@ -41,13 +42,13 @@ def is_rank(command: Sequence[str], trainer: str) -> bool:
     return by_module or by_file
 
 
-def ask_ranks_to_stop(mark: str, trainer: str) -> int:
-    """SIGTERM to the ranks of the launch on this host; returns how many there are."""
+def ask_ranks_to_stop(mark: str, trainer: str, number: signal.Signals = signal.SIGTERM) -> int:
+    """A signal to the ranks of the launch on this host; returns how many there are."""
     num_asked = 0
     for process in processes(mark):
         try:
             if is_rank(process.cmdline(), trainer):
-                process.terminate()
+                process.send_signal(number)
                 num_asked += 1
         except psutil.NoSuchProcess:
             continue
@@ -74,12 +75,12 @@ def _signal(process: psutil.Process, *, force: bool) -> None:
 
 def main(arguments: Sequence[str]) -> int:
     match list(arguments):
-        case [mark, "stop", trainer]:
-            print(ask_ranks_to_stop(mark, trainer))
+        case [mark, "stop", trainer, name]:
+            print(ask_ranks_to_stop(mark, trainer, signal.Signals[name]))
         case [mark, "end"]:
             print(end_all(mark))
         case _:
-            raise SystemExit(f"arguments {list(arguments)}: MARK stop TRAINER, or MARK end, are expected")
+            raise SystemExit(f"arguments {list(arguments)}: MARK stop TRAINER SIGNAL, or MARK end, are expected")
     return 0
 
 

@@ -12,6 +12,7 @@ The summary that rank 0 writes decides about success; a launcher's exit code is 
 from __future__ import annotations
 
 import os
+import signal
 import sys
 import tempfile
 import uuid
@@ -23,8 +24,9 @@ from mhc_dist.config import RunConfig, dump_config
 from mhc_dist.guard.last_words import REPORTED
 from mhc_dist.plan.run_programs import plan_run
 from mhc_launcher import marked, mpi, run_folder, slurm, survey
+from mhc_launcher.attempts import run_attempts
 from mhc_launcher.bootstrap import DEFAULT_PORT
-from mhc_launcher.children import run_group
+from mhc_launcher.children import STOP_MARGIN_SECONDS, Ended, run_group
 from mhc_launcher.devices import gpus_for_run
 from mhc_launcher.forwarded import user_variables, write_variables
 from mhc_launcher.hostfile import Host, check_slots, read_hostfile, write_hostfile
@@ -63,7 +65,7 @@ def train_on_nodes(config: RunConfig, options: StartOptions, trainer: str = TRAI
     if options.no_ssh:
         return _train_this_node(config, options, trainer)
     if options.launcher is Launcher.NONE:
-        return become_rank(config, trainer)
+        return become_rank(config, trainer, options.resume)
     return _train_from_here(config, options, trainer)
 
 
@@ -88,20 +90,28 @@ def _train_from_here(config: RunConfig, options: StartOptions, trainer: str) -> 
         check_tokens(config)
         mark = uuid.uuid4().hex
         nodes = _look_at_nodes(config, options, tuple(hosts), over_ssh, mark)
-        if moved := run_folder.prepare(config):
+        if moved := run_folder.prepare(config, options.resume):
             print(f"An earlier run is kept in {moved}.", flush=True)
         files = _write_files(config, options, nodes, mark)
         failure, summary = config.folder / run_folder.FAILURE_FILE, config.folder / run_folder.SUMMARY_FILE
-        ended = run_group(
-            _command(config, options, nodes, files, trainer),
-            _launcher_environment(options, nodes, files),
-            lambda command: _takes_stop(options.launcher, command, trainer),
-            ask_elsewhere=(lambda: _ask_elsewhere(options, nodes, mark, trainer)) if over_ssh else None,
-            is_over=lambda: failure.exists() or summary.exists(),
-        )
-        if over_ssh and not summary.exists():
-            _end_leftovers(options, nodes, mark)
-        return report(config, ended)
+
+        def ask_elsewhere(number: signal.Signals) -> bool:
+            return _ask_elsewhere(options, nodes, mark, trainer, number)
+
+        def start(arguments: list[str]) -> Ended:
+            ended = run_group(
+                [*_command(config, options, nodes, files, trainer), *arguments],
+                _launcher_environment(options, nodes, files),
+                lambda command: _takes_stop(options.launcher, command, trainer),
+                ask_elsewhere=ask_elsewhere if over_ssh else None,
+                is_over=lambda: failure.exists() or summary.exists(),
+                stop_seconds=config.checkpoint.stop_seconds + STOP_MARGIN_SECONDS,
+            )
+            if over_ssh and not summary.exists():
+                _end_leftovers(options, nodes, mark)
+            return ended
+
+        return run_attempts(config, options.restarts, start, lambda ended: report(config, ended))
 
 
 def _hosts(options: StartOptions) -> tuple[list[Host], str]:
@@ -270,9 +280,11 @@ def _takes_stop(launcher: Launcher | None, command: Sequence[str], trainer: str)
     return marked.is_rank(command, trainer)
 
 
-def _ask_elsewhere(options: StartOptions, nodes: Nodes, mark: str, trainer: str) -> bool:
+def _ask_elsewhere(
+    options: StartOptions, nodes: Nodes, mark: str, trainer: str, number: signal.Signals
+) -> bool:
     """Ask the ranks of one node to stop; they tell the others. False if no node has any yet."""
-    command = [sys.executable, "-m", "mhc_launcher.marked", mark, "stop", trainer]
+    command = [sys.executable, "-m", "mhc_launcher.marked", mark, "stop", trainer, number.name]
     for host in nodes.hosts:
         answer = run_on(host.name, command, END_SECONDS, options.ssh_port)
         if answer.exit_code == 0 and answer.out.strip() not in ("", "0"):
@@ -331,27 +343,39 @@ def _train_this_node(config: RunConfig, options: StartOptions, trainer: str) -> 
         asked = {name: os.environ[name] for name in (GLOO, NCCL) if name in os.environ}
         settings |= asked | network_settings(asked, options.master_addr, several_hosts=True)
     chosen = replace(options, master_port=port)
+    stop_seconds = config.checkpoint.stop_seconds + STOP_MARGIN_SECONDS
     if options.node_rank == 0:
         with run_folder.reserved(config):
-            if moved := run_folder.prepare(config):
+            if moved := run_folder.prepare(config, options.resume):
                 print(f"An earlier run is kept in {moved}.", flush=True)
-            ended = run_group(
-                _node_command(chosen, hosts, gpus, config.folder / run_folder.CONFIG_FILE, trainer),
-                settings | {REPORTED: "1"},
-                lambda command: marked.is_rank(command, trainer),
-            )
-            return report(config, ended)
+
+            def start_first(arguments: list[str]) -> Ended:
+                command = _node_command(chosen, hosts, gpus, config.folder / run_folder.CONFIG_FILE, trainer)
+                return run_group(
+                    [*command, *arguments],
+                    settings | {REPORTED: "1"},
+                    lambda command: marked.is_rank(command, trainer),
+                    stop_seconds=stop_seconds,
+                )
+
+            return run_attempts(config, options.restarts, start_first, lambda ended: report(config, ended))
     with tempfile.TemporaryDirectory(prefix="mhc-dist-") as folder:
         path = Path(folder) / run_folder.CONFIG_FILE
         path.write_text(dump_config(config))
-        ended = run_group(
-            _node_command(chosen, hosts, gpus, path, trainer),
-            settings,
-            lambda command: marked.is_rank(command, trainer),
-        )
-    if ended.exit_code == 0 and ended.stopped_by is None:
-        return 0
-    return tell_end(config, ended)
+
+        def start(arguments: list[str]) -> Ended:
+            return run_group(
+                [*_node_command(chosen, hosts, gpus, path, trainer), *arguments],
+                settings,
+                lambda command: marked.is_rank(command, trainer),
+                stop_seconds=stop_seconds,
+            )
+
+        def told(ended: Ended) -> int:
+            in_order = ended.exit_code == 0 and ended.stopped_by is None
+            return 0 if in_order else tell_end(config, ended)
+
+        return run_attempts(config, options.restarts, start, told)
 
 
 def _node_command(

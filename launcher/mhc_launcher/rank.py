@@ -15,11 +15,12 @@ from pathlib import Path
 from mhc_dist.config import RunConfig, dump_config
 from mhc_dist.plan.run_programs import plan_run
 from mhc_launcher import run_folder
+from mhc_launcher.attempts import trainer_arguments
 from mhc_launcher.bootstrap import Source, read_rank_environment
 from mhc_launcher.local import check_tokens
 
 
-def become_rank(config: RunConfig, trainer: str) -> int:
+def become_rank(config: RunConfig, trainer: str, resume: str | None = None) -> int:
     """Run `trainer` as the rank that the environment names; returns its exit code.
 
     Rank 0 makes the run's folder and ends with the summary on stdout. Raises ValueError when the environment
@@ -42,13 +43,13 @@ def become_rank(config: RunConfig, trainer: str) -> int:
         with tempfile.TemporaryDirectory(prefix="mhc-dist-") as folder:
             path = Path(folder) / run_folder.CONFIG_FILE
             path.write_text(dump_config(config))
-            return _run(trainer, path)
+            return _run(trainer, path, resume)
     with run_folder.reserved(config):
         plan_run(config)
         check_tokens(config)
-        if moved := run_folder.prepare(config):
+        if moved := run_folder.prepare(config, resume):
             print(f"An earlier run is kept in {moved}.", flush=True)
-        code = _run(trainer, config.folder / run_folder.CONFIG_FILE)
+        code = _run(trainer, config.folder / run_folder.CONFIG_FILE, resume)
         summary = run_folder.read_summary(config.folder)
         if summary is None:
             return code or 1
@@ -56,8 +57,8 @@ def become_rank(config: RunConfig, trainer: str) -> int:
         return 0
 
 
-def _run(trainer: str, config_file: Path) -> int:
-    sys.argv = [trainer, "--config", str(config_file)]
+def _run(trainer: str, config_file: Path, resume: str | None) -> int:
+    sys.argv = [trainer, "--config", str(config_file), *trainer_arguments(resume, 0)]
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     try:
         # By name: this package does not import torch, the trainer does.

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from mhc_dist.checkpoint.resume import candidates, is_of_run
 from mhc_dist.config import RunConfig, dump_config
 
 CONFIG_FILE = "config.yaml"
@@ -46,15 +47,50 @@ def reserved(config: RunConfig) -> Iterator[None]:
         yield
 
 
-def prepare(config: RunConfig) -> Path | None:
-    """Make the run's folder with its config; returns where an earlier run of that name was moved, if any."""
+def prepare(config: RunConfig, resume: str | None = None) -> Path | None:
+    """Make the run's folder with its config; returns where an earlier run of that name was moved, if any.
+
+    A run that is resumed goes on in its own folder (`candidates` knows what may be resumed); what an earlier
+    start has left there as its end is removed, and its config kept if it was another one. Raises ValueError
+    when there is no such checkpoint.
+    """
     moved: Path | None = None
-    if config.folder.exists():
+    if resume is not None and _continues(config, resume):
+        for name in (SUMMARY_FILE, FAILURE_FILE):
+            (config.folder / name).unlink(missing_ok=True)
+        _keep_config(config)
+    elif config.folder.exists():
         moved = _unused_name(config.folder)
         config.folder.rename(moved)
     _make_folder(config.folder)
     (config.folder / CONFIG_FILE).write_text(dump_config(config))
     return moved
+
+
+def _continues(config: RunConfig, resume: str) -> bool:
+    found = candidates(resume, config.folder).folders
+    # `auto` goes on in the folder even where there is no checkpoint yet: the same command may be repeated.
+    return resume == "auto" or all(is_of_run(folder, config.folder) for folder in found)
+
+
+def _keep_config(config: RunConfig) -> None:
+    path = config.folder / CONFIG_FILE
+    if path.exists() and path.read_text() != dump_config(config):
+        number = 1
+        while (kept := path.with_name(f"config.{number}.yaml")).exists():
+            number += 1
+        path.rename(kept)
+
+
+def forget_failure(config: RunConfig) -> None:
+    """Remove what the crash that was just reported has left: the next one has its own cause."""
+    (config.folder / FAILURE_FILE).unlink(missing_ok=True)
+
+
+def finished(config: RunConfig) -> dict[str, Any] | None:
+    """The summary of a run that has made all its steps: there is nothing to resume."""
+    summary = read_summary(config.folder)
+    return summary if summary is not None and summary["steps"] >= config.train.steps else None
 
 
 def read_summary(folder: Path) -> dict[str, Any] | None:

@@ -10,6 +10,8 @@ from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
 
+from mhc_launcher.attempts import Restarts
+
 
 class Launcher(StrEnum):
     """Who starts processes on other nodes."""
@@ -33,6 +35,12 @@ class StartOptions:
     interface: str | None = None
     ssh_port: int | None = None
     launcher_args: str = ""
+    resume: str | None = None
+    max_restarts: int = 0
+
+    @property
+    def restarts(self) -> Restarts:
+        return Restarts(self.resume, self.max_restarts)
 
     @property
     def on_this_host_only(self) -> bool:
@@ -51,6 +59,14 @@ def checked(options: StartOptions, environ: Mapping[str, str] = os.environ) -> S
     if options.master_port is not None and not 1 <= options.master_port <= 65535:
         raise ValueError(
             f"--master-port {options.master_port} is no port. Choose one from 1024 to 65535, or leave it out."
+        )
+    if options.max_restarts < 0:
+        raise ValueError(f"--max-restarts {options.max_restarts} is negative. Use 0 for none.")
+    if options.max_restarts and options.launcher is Launcher.NONE:
+        raise ValueError(
+            f"--max-restarts {options.max_restarts} with --launcher none: only who started the processes can"
+            " start them again. Let that repeat the command with --resume auto (srun: scontrol requeue;"
+            " Kubernetes: restartPolicy)."
         )
     if options.no_ssh:
         return _without_ssh(options, environ)
