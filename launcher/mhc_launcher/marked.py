@@ -80,7 +80,9 @@ def main(arguments: Sequence[str]) -> int:
         case [mark, "end"]:
             print(end_all(mark))
         case _:
-            raise SystemExit(f"arguments {list(arguments)}: MARK stop TRAINER SIGNAL, or MARK end, are expected")
+            raise SystemExit(
+                f"arguments {list(arguments)}: MARK stop TRAINER SIGNAL, or MARK end, are expected"
+            )
     return 0
 
 
