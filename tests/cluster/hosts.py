@@ -1,4 +1,4 @@
-"""Hosts of our own on this machine: network namespaces on one bridge, each with a name, an address, /etc/hosts.
+"""Hosts of our own on this machine: network namespaces on one bridge, each with a name and an address.
 
     with Hosts(2) as hosts:                       root only
         hosts[1].start(["sshd", ...])             ended with the block, by its process id
@@ -168,8 +168,13 @@ class SshServers:
     environ: dict[str, str]
 
 
-def start_ssh(hosts: Hosts, opening: ExitStack) -> SshServers:
-    """Start a real sshd on every host and wait until each lets us in."""
+def start_ssh(
+    hosts: Hosts, opening: ExitStack, wrap: Mapping[int, Sequence[str]] | None = None
+) -> SshServers:
+    """Start a real sshd on every host and wait until each lets us in.
+
+    wrap: by number of the host, a command that is to run its sshd, with all that sshd starts.
+    """
     folder = Path(opening.enter_context(tempfile.TemporaryDirectory(prefix="mhcl-ssh-")))
     for name in ("host_key", "id"):
         subprocess.run(
@@ -186,7 +191,8 @@ def start_ssh(hosts: Hosts, opening: ExitStack) -> SshServers:
     )
     servers = SshServers(folder, {"PDSH_SSH_ARGS_APPEND": arguments})
     for number in range(len(hosts)):
-        hosts[number].start(["/usr/sbin/sshd", "-D", "-e", "-f", str(folder / "sshd_config")])
+        sshd = ["/usr/sbin/sshd", "-D", "-e", "-f", str(folder / "sshd_config")]
+        hosts[number].start([*(wrap or {}).get(number, ()), *sshd])
     for number in range(len(hosts)):
         deadline = time.monotonic() + 20
         while hosts[0].run(["ssh", *arguments.split(), hosts[number].name, "true"]).returncode:

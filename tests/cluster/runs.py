@@ -1,0 +1,79 @@
+"""A small run of the real trainer, and what tests of launchers ask about it."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import sys
+import time
+from pathlib import Path
+from subprocess import Popen
+
+import psutil
+import pytest
+
+ROOT = Path(__file__).parents[2]
+TINY = ROOT / "configs" / "tiny.yaml"
+MHC_DIST = str(Path(sys.executable).with_name("mhc-dist"))
+# On the CPU, one thread a rank: several ranks share a core here.
+ENVIRON = {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "-1"}
+SMALL = [
+    "model.num_layers=4",
+    "model.hidden_size=32",
+    "model.num_heads=2",
+    "model.head_dim=16",
+    "model.value_dim=16",
+    "model.rope_dim=8",
+    "model.kv_rank=16",
+    "model.num_experts=4",
+    "model.expert_dim=16",
+    "data.sequence_length=32",
+    "schedule.num_microbatches=4",
+    "observe.metrics_port=0",
+    "train.validate_every=0",
+    "train.validation_batches=1",
+    "train.steps=3",
+    "checkpoint.mode=none",
+]
+
+
+def settings(output: Path, *overrides: str) -> list[str]:
+    return [part for value in [*SMALL, f"train.output={output}", *overrides] for part in ("--set", value)]
+
+
+def train_command(output: Path, *options: str, overrides: tuple[str, ...] = ()) -> list[str]:
+    """`mhc-dist train` of the small run, four ranks, three steps."""
+    return [MHC_DIST, "train", str(TINY), *settings(output, *overrides), *options]
+
+
+def summary(out: str) -> dict[str, object]:
+    """The last line of a run's output."""
+    content: dict[str, object] = json.loads(out.strip().splitlines()[-1])
+    return content
+
+
+def wait_for_step(output: Path, step: int, process: Popen[str], seconds: float = 180) -> None:
+    """Until the run has made `step` steps; fails at once when it ends before."""
+    metrics = output / "tiny" / "metrics.jsonl"
+    deadline = time.monotonic() + seconds
+    while not metrics.exists() or len(metrics.read_text().splitlines()) < step:
+        assert process.poll() is None, process.communicate()
+        assert time.monotonic() < deadline, f"the run did not get to step {step} in {seconds} s"
+        time.sleep(0.1)
+
+
+def processes_of(output: Path) -> list[psutil.Process]:
+    """Everything on this machine whose command line names the run's folder."""
+    found = []
+    for process in psutil.process_iter(["cmdline", "status"]):
+        if process.info["status"] != psutil.STATUS_ZOMBIE:
+            if str(output) in " ".join(process.info["cmdline"] or ()):
+                found.append(process)
+    return found
+
+
+def need(*programs: str) -> None:
+    """Skip, loudly, where a program is missing: tests/cluster/install.sh installs them all on Debian."""
+    missing = [name for name in programs if shutil.which(name, path="/usr/sbin:/usr/bin:/sbin:/bin") is None]
+    if missing:
+        pytest.skip(f"{', '.join(missing)} missing, and there is no apt-get to install it with")
