@@ -39,7 +39,7 @@ from mhc_dist.guard.spikes import SpikeDetector
 from mhc_dist.guard.stop import StopKind
 from mhc_dist.model.flops import model_flops_per_token
 from mhc_dist.observe.metrics import Work
-from mhc_dist.observe.reporter import RunReporter, StepFigures
+from mhc_dist.observe.reporter import RunReporter, StepFigures, monitored
 from mhc_dist.parallel.agreement import check_agreement
 from mhc_dist.parallel.expert_balance import balance_routers
 from mhc_dist.parallel.join import Place, join_run, versions
@@ -164,6 +164,7 @@ def train(
         topology,
         place.local_rank,
         place.local_world_size,
+        device,
         work,
         lambda: watch.current_action,
         resumed.progress.step,
@@ -206,7 +207,9 @@ def make_steps(
         progress, stop, rate = after(progress, worker), figures.stop, figures.learning_rate
         reporter.trace(figures)
         due = is_due(progress.step, config.train.validate_every, config.train.steps)
-        reporter.step(figures, validate(worker, windows) if due and stop is None else None)
+        validation_loss = validate(worker, windows) if due and stop is None else None
+        reporter.step(figures, validation_loss)
+        worker.engine.write_monitors(monitored(figures, validation_loss), figures.step)
         if spike := spikes.judge(figures.loss):
             reporter.spike(figures.step, spike)
         if skipped.must_roll_back(figures.applied):
@@ -262,7 +265,9 @@ def train_step(worker: Worker, batches: Batches, step: int, stop: StopKind | Non
     start = time.perf_counter()
     microbatches = worker.microbatches(lambda first, count: batches.sequences(step, first, count))
     data_seconds = time.perf_counter() - start
+    worker.stability.arm(step + 1)
     output = worker.executor.run(worker.programs.training, microbatches, worker)
+    stability = worker.stability.take()
     outcome = worker.take_outcome()
     verdict = worker.agree(output.losses, stop)
     rate = worker.config.model.balance_rate if outcome.applied else 0.0
@@ -280,6 +285,7 @@ def train_step(worker: Worker, batches: Batches, step: int, stop: StopKind | Non
         data_seconds=data_seconds,
         load_max_to_mean_ratio=max(load_ratios, default=None),
         trace=output.trace,
+        stability=stability,
     )
 
 

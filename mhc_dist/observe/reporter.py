@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-import resource
 import socket
-import sys
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterable
@@ -16,7 +14,7 @@ from operator import mul
 from types import TracebackType
 from typing import Self
 
-import psutil
+import torch
 
 from mhc_dist.checkpoint.outcome import SaveOutcome
 from mhc_dist.config import RunConfig
@@ -25,11 +23,14 @@ from mhc_dist.guard.stop import StopKind
 from mhc_dist.observe.exporter import start_exporter
 from mhc_dist.observe.fault_series import NonfiniteReason
 from mhc_dist.observe.loss_plot import plot_loss
+from mhc_dist.observe.memory import MemoryUse, memory_use
 from mhc_dist.observe.metrics import CommOp, CommUse, RankLabels, RankStep, RunStep, TrainMetrics, Work
 from mhc_dist.observe.progress import TrainProgress
 from mhc_dist.observe.rank_log import RankLog
 from mhc_dist.observe.rank_status import RankStatus
 from mhc_dist.observe.run_log import Record, RunLog, read_log
+from mhc_dist.observe.stability import StageFigures
+from mhc_dist.observe.stability_log import StabilityLog
 from mhc_dist.observe.step_traces import StepTraces
 from mhc_dist.observe.target_file import announced_target
 from mhc_dist.pipeline.trace import StepPhase, Trace
@@ -54,10 +55,23 @@ class StepFigures:
     data_seconds: float
     load_max_to_mean_ratio: float | None
     trace: Trace
+    stability: StageFigures | None = None
+    """Of this rank's layers, in the steps that are measured, on the first data rank of a stage."""
 
     @property
     def tokens_per_second(self) -> float:
         return self.num_tokens / self.seconds
+
+
+def monitored(figures: StepFigures, validation_loss: float | None) -> dict[str, float]:
+    """What goes to DeepSpeed's monitors (TensorBoard, W&B, CSV), under names of their kind."""
+    values = {
+        "Train/loss": figures.loss,
+        "Train/grad_norm": figures.grad_norm,
+        "Train/learning_rate": figures.learning_rate,
+        "Train/tokens_per_second": figures.tokens_per_second,
+    }
+    return values if validation_loss is None else {**values, "Validation/loss": validation_loss}
 
 
 class RunReporter:
@@ -69,6 +83,7 @@ class RunReporter:
         topology: Topology,
         local_rank: int,
         local_world_size: int,
+        device: torch.device,
         work: Work | None = None,
         current_action: Callable[[], tuple[str, float]] | None = None,
         first_step: int = 0,
@@ -90,15 +105,17 @@ class RunReporter:
             ep_rank=topology.expert_rank,
         )
         self._metrics = TrainMetrics(labels, reports_run=self._is_first_rank, work=work)
-        self._local_rank, self._local_world_size = local_rank, local_world_size
+        self._local_rank, self._local_world_size, self._device = local_rank, local_world_size, device
         self._traces = StepTraces(config.folder, config.observe.trace_steps, topology)
         self._status = RankStatus(labels, current_action)
         self._rank_log = RankLog(config.folder, topology.rank, topology.pipeline_rank, first_step)
         self._first_step, self._num_restarts = first_step, num_restarts
+        self._stability_log = self._open_stability_log(first_step)
         self._open = ExitStack()
         self._log: RunLog | None = None
         self._progress: TrainProgress | None = None
-        self._started = time.perf_counter()
+        self._started = self._accounted_until = time.perf_counter()
+        self._stopped_seconds = 0.0
         self._num_nonfinite = self._num_spikes = self._num_rollbacks = 0
 
     def __enter__(self) -> Self:
@@ -129,6 +146,11 @@ class RunReporter:
                 self._metrics.faults.restarted(self._num_restarts)
         return self
 
+    def _open_stability_log(self, last_step: int) -> StabilityLog | None:
+        if self._metrics.stage is None:
+            return None
+        return StabilityLog(self._config.folder, self._stage, last_step)
+
     def _open_log(self, last_step: int) -> RunLog:
         folder = self._config.folder
         log = RunLog.resume(folder, last_step) if last_step else RunLog.create(folder)
@@ -158,6 +180,7 @@ class RunReporter:
         faults = self._metrics.faults
         for outcome in outcomes:
             self._metrics.record_stop(StepPhase.CHECKPOINT, outcome.stopped_seconds)
+            self._stopped_seconds += outcome.stopped_seconds
             if outcome.failure is not None:
                 self.announce(f"WARNING: no checkpoint of step {outcome.step}: {outcome.failure}")
             if outcome.warning is not None:
@@ -181,6 +204,7 @@ class RunReporter:
         """The run stands after `step` again; later records are dropped."""
         self._num_rollbacks += 1
         self._rank_log = RankLog(self._config.folder, self._rank, self._stage, step)
+        self._stability_log = self._open_stability_log(step)
         if self._metrics.faults is not None:
             self._metrics.faults.rolled_back()
         if self._log is not None:
@@ -189,12 +213,15 @@ class RunReporter:
 
     def step(self, figures: StepFigures, validation_loss: float | None = None) -> None:
         """A training step, and the validation after it if there was one, is done: one record in the log."""
-        rank_step = _rank_step(figures)
+        rank_step = _rank_step(figures, memory_use(self._device))
+        self._account(figures.seconds)
         self._metrics.record_rank_step(rank_step)
         self._rank_log.step(figures.step, rank_step)
         self._status.step_done(figures.step, figures.seconds, rank_step.phase_seconds)
         if self._metrics.stage is not None and figures.load_max_to_mean_ratio is not None:
             self._metrics.stage.record_load(figures.load_max_to_mean_ratio)
+        if figures.stability is not None:
+            self._measured(figures.step, figures.stability)
         self._metrics.record_run_step(
             RunStep(figures.step, figures.loss, figures.num_tokens, figures.grad_norm, figures.learning_rate)
         )
@@ -257,6 +284,27 @@ class RunReporter:
             os.fsync(file.fileno())
         unfinished.replace(folder / SUMMARY_FILE)
 
+    def _account(self, step_seconds: float) -> None:
+        """Count what lay between the last step and this one, validation above all, as `other`.
+
+        So phases add up to wall time, and not to the time of steps alone.
+        """
+        now = time.perf_counter()
+        between = now - self._accounted_until - step_seconds - self._stopped_seconds
+        self._metrics.record_stop(StepPhase.OTHER, max(0.0, between))
+        self._accounted_until, self._stopped_seconds = now, 0.0
+
+    def _measured(self, step: int, stability: StageFigures) -> None:
+        assert self._metrics.stage is not None, "the first data rank of a stage measures it"
+        assert self._stability_log is not None
+        self._metrics.stage.record_stability(
+            forward_gain=stability.gain.forward,
+            backward_gain=stability.gain.backward,
+            row_residual=stability.residual.rows,
+            column_residual=stability.residual.columns,
+        )
+        self._stability_log.write(step, stability)
+
     def _skipped(self, figures: StepFigures) -> None:
         self._num_nonfinite += 1
         reason = NonfiniteReason.GRADIENT if figures.loss_finite else NonfiniteReason.LOSS
@@ -274,7 +322,7 @@ def _number(record: Record, key: str) -> float:
     return value
 
 
-def _rank_step(figures: StepFigures) -> RankStep:
+def _rank_step(figures: StepFigures, memory: MemoryUse) -> RankStep:
     """Seconds by phase, adding up to the step: what the executor did not time is `other`."""
     seconds: dict[StepPhase, float] = defaultdict(float)
     for phase, value in figures.trace.phase_seconds().items():
@@ -293,12 +341,6 @@ def _rank_step(figures: StepFigures) -> RankStep:
             ),
             CommOp.P2P: CommUse(exposed_p2p, exposed_p2p, sent["p2p"]),
         },
-        memory_allocated_bytes=psutil.Process().memory_info().rss,
-        memory_peak_bytes=_peak_bytes(),
+        memory_allocated_bytes=memory.allocated_bytes,
+        memory_peak_bytes=memory.peak_bytes,
     )
-
-
-def _peak_bytes() -> int:
-    """Largest resident size of this process; getrusage counts kilobytes on Linux, bytes on macOS."""
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024

@@ -13,6 +13,7 @@ from mhc_dist.observe.loss_plot import smooth
 from mhc_dist.observe.report.ink import SERIES, Draw, plain
 from mhc_dist.observe.report.run_record import RunRecord
 from mhc_dist.observe.report.thin import thin
+from mhc_dist.observe.stability_log import composite_gains
 from mhc_dist.pipeline.trace import StepPhase
 
 WIDTH, HEIGHT = 5.8, 3.2
@@ -194,29 +195,7 @@ def gain_chart(run: RunRecord) -> Chart | None:
         axes.legend()
 
     text = (
-        "Product of the stages' composite gains, a bound for the whole model (paper, section 5.4): largest"
-        " row sum for signals going forward, largest column sum for gradients going back. mHC stays near 1."
+        "Of the product of all residual mixes (paper, section 5.4): largest row sum for signals going forward,"
+        " largest column sum for gradients going back. mHC stays near 1."
     )
     return Chart("amax-gain", "Amax gain", text, draw, height=2.8)
-
-
-def composite_gains(lines: Sequence[dict[str, object]]) -> dict[str, dict[int, float]]:
-    """direction -> step -> product over stages, of steps that every stage has recorded."""
-    stages = {line["stage"] for line in lines if line.get("kind") == "composite"}
-    found: dict[str, dict[int, dict[object, float]]] = {"forward": {}, "backward": {}}
-    for line in lines:
-        step = line.get("step")
-        if line.get("kind") != "composite" or not isinstance(step, int):
-            continue
-        for direction, by_step in found.items():
-            gain = line.get(f"{direction}_gain")
-            if isinstance(gain, float):
-                by_step.setdefault(step, {})[line["stage"]] = gain
-    return {
-        direction: {
-            step: float(np.prod(list(gains.values())))
-            for step, gains in by_step.items()
-            if gains.keys() == stages
-        }
-        for direction, by_step in found.items()
-    }
