@@ -16,6 +16,7 @@ import typer
 from mhc_dist.config import RunConfig, dump_config, load_config
 from mhc_dist.guard.exit_codes import ExitCode
 from mhc_launcher.commands_bench import bench_app
+from mhc_launcher.commands_checkpoint import inspect_command
 from mhc_launcher.commands_data import data_app
 from mhc_launcher.commands_export import PASS_ON, export_command, generate_command
 from mhc_launcher.commands_observe import compare_command, report_command, top_command
@@ -136,6 +137,7 @@ def train(
     raise typer.Exit(train_on_nodes(config, options))
 
 
+app.command("inspect")(inspect_command)
 app.command("schedule")(schedule_command)
 app.command("plan")(plan_command)
 app.command("top")(top_command)
