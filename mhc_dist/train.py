@@ -172,7 +172,13 @@ def train(
     ) as reporter:
         for sentence in (describe(config, programs, tokens.description, device), *resumed.told):
             reporter.announce(sentence)
-        ended = make_steps(worker, keeper, batches, windows, reporter, watch, resumed.progress)
+        try:
+            ended = make_steps(worker, keeper, batches, windows, reporter, watch, resumed.progress)
+        except CheckpointError:
+            raise
+        except ValueError as error:
+            # What a user wrote was checked before the first step: this is a defect, and shows where it is.
+            raise RuntimeError(f"while training: {error}") from error
         if ended.code is not ExitCode.OK:
             return ended.code
         if bigram is not None:
