@@ -215,6 +215,8 @@ class ObserveConfig(Section):
     """Rank r of a node exports on metrics_port + local rank; 0 switches the exporter off."""
     trace_steps: list[PositiveInt] = []
     """Steps, counted from 1, whose every action is written to trace/ in the run's folder."""
+    stability_every: NonNegativeInt = 50
+    """Steps between measurements of the residual mixes (Amax gain and others), beside the first; 0: none."""
 
 
 class RunSections(Section):

@@ -14,6 +14,7 @@ from torch import Tensor
 from mhc_dist.config import RunConfig
 from mhc_dist.data.batches import Sequences
 from mhc_dist.guard.stop import StopKind
+from mhc_dist.observe.stability import StabilityProbe
 from mhc_dist.optim.deepspeed_engine import OptimizerEngine, StepOutcome
 from mhc_dist.parallel.boundary import message_shape
 from mhc_dist.parallel.expert_exchange import ExpertExchange
@@ -49,6 +50,7 @@ class Worker:
     stage: Stage
     engine: OptimizerEngine
     executor: Executor
+    stability: StabilityProbe
     _outcome: StepOutcome | None = field(default=None, init=False)
 
     @classmethod
@@ -93,7 +95,12 @@ class Worker:
         executor = Executor(
             topology.pipeline_rank, stage.by_index, transport, on_action, wires=wires, streams=streams
         )
-        return cls(config, programs, topology, groups, device, stage, engine, executor)
+        # The first data rank of a stage speaks for all: they have the same weights.
+        every = config.observe.stability_every if topology.data_rank == 0 else 0
+        stability = StabilityProbe(
+            {index: chunk.tape_holder for index, chunk in stage.by_index.items()}, every
+        )
+        return cls(config, programs, topology, groups, device, stage, engine, executor, stability)
 
     def microbatches(self, load: Callable[[int, int], Sequences]) -> list[Microbatch]:
         """This data rank's microbatches of a global batch, whose rows `load(first, count)` gives.

@@ -66,11 +66,20 @@ class SeamTape(Protocol):
         ...
 
 
+class MixProbe(Protocol):
+    """Told of every sublayer's coefficients as it is entered, so that someone can measure them."""
+
+    def entered(self, sublayer: int, streams_TNC: Tensor, pre_TN: Tensor, mix: Mix) -> None:
+        """`pre_TN` collapsed the streams; `mix` holds None where the kind has no such coefficient."""
+        ...
+
+
 class TapeHolder:
-    """The tape that is running now, if any; shared by the connections of a chunk."""
+    """The tape that runs and the probe that measures now, if any; shared by the connections of a chunk."""
 
     def __init__(self) -> None:
         self.tape: SeamTape | None = None
+        self.probe: MixProbe | None = None
 
 
 class Update(NamedTuple):
@@ -123,6 +132,7 @@ class HyperConnection(SublayerConnection):
         super().__init__()
         n = residual.num_streams
         self.sublayer, self.num_streams, self.eps = sublayer, n, config.norm_eps
+        self.holder = TapeHolder()
         self.theta_MC = nn.Parameter(torch.empty(2 + n, config.hidden_size))
         self.alpha_3 = nn.Parameter(torch.empty(3))
         self.bias_M = nn.Parameter(torch.empty(2 * n + n * n))
@@ -139,7 +149,10 @@ class HyperConnection(SublayerConnection):
         post_TN = alpha[1] * dynamic_TNM[..., 1] + bias[n : 2 * n]
         res_TNN = alpha[2] * dynamic_TNM[..., 2:].transpose(1, 2) + bias[2 * n :].view(n, n)
         collapsed_TC = (pre_TN.unsqueeze(-1) * x_TNC).sum(1).to(streams_TNC.dtype)
-        return Entry(streams_TNC, self.norm(collapsed_TC), Mix(post_TN, res_TNN))
+        mix = Mix(post_TN, res_TNN)
+        if self.holder.probe is not None:
+            self.holder.probe.entered(self.sublayer, streams_TNC, pre_TN, mix)
+        return Entry(streams_TNC, self.norm(collapsed_TC), mix)
 
     def leave(self, streams_TNC: Tensor, y_TC: Tensor, mix: Mix) -> Tensor:
         assert mix.post_TN is not None
@@ -151,8 +164,11 @@ class HyperConnection(SublayerConnection):
 class ManifoldConnection(SublayerConnection):
     """mHC (paper eq. 7-9) and its kin with another H_res or none: all kinds that the seam kernels know."""
 
-    def __init__(self, config: ModelConfig, residual: ResidualConfig, backend: SeamBackend) -> None:
+    def __init__(
+        self, config: ModelConfig, residual: ResidualConfig, sublayer: int, backend: SeamBackend
+    ) -> None:
         super().__init__()
+        self.sublayer = sublayer
         self.spec = seam_spec(config, residual)
         self.backend = backend
         self.holder = TapeHolder()
@@ -184,11 +200,13 @@ class ManifoldConnection(SublayerConnection):
     def _entry(
         self, streams_TNC: Tensor, update: Update | None, seam: Seam, carried_TN: Tensor | None
     ) -> Entry:
+        used = seam if carried_TN is None else seam._replace(pre_TN=carried_TN)
+        mix = Mix(seam.post_TN, seam.res_TNN, seam.pre_TN if self.spec.shifted_pre else None)
         if self.holder.tape is not None:
-            used = seam if carried_TN is None else seam._replace(pre_TN=carried_TN)
             self.holder.tape.seam(streams_TNC, update, used, self.norm_gain)
-        handed_on = seam.pre_TN if self.spec.shifted_pre else None
-        return Entry(seam.streams_TNC, seam.h_TC, Mix(seam.post_TN, seam.res_TNN, handed_on))
+        if self.holder.probe is not None:
+            self.holder.probe.entered(self.sublayer, seam.streams_TNC, used.pre_TN, mix)
+        return Entry(seam.streams_TNC, seam.h_TC, mix)
 
     def leave(self, streams_TNC: Tensor, y_TC: Tensor, mix: Mix) -> Tensor:
         assert mix.post_TN is not None
@@ -196,9 +214,9 @@ class ManifoldConnection(SublayerConnection):
 
 
 def attach_holder(module: nn.Module, holder: TapeHolder) -> None:
-    """Let all connections of `module` that know tapes use the tape of `holder`."""
+    """Let all connections of `module` that know tapes or probes use those of `holder`."""
     for child in module.modules():
-        if isinstance(child, ManifoldConnection):
+        if isinstance(child, ManifoldConnection | HyperConnection):
             child.holder = holder
 
 
@@ -232,7 +250,7 @@ def make_connection(
         case ResidualKind.HC:
             return HyperConnection(config, residual, sublayer)
         case ResidualKind.MHC | ResidualKind.IDENTITY | ResidualKind.MHC_LITE | ResidualKind.KROM:
-            return ManifoldConnection(config, residual, backend)
+            return ManifoldConnection(config, residual, sublayer, backend)
 
 
 def expand(embedded_TC: Tensor, num_streams: int) -> Tensor:

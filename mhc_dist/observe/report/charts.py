@@ -195,7 +195,7 @@ def gain_chart(run: RunRecord) -> Chart | None:
         axes.legend()
 
     text = (
-        "Of the product of all residual mixes (paper, section 5.4): largest row sum for signals going forward,"
-        " largest column sum for gradients going back. mHC stays near 1."
+        "Of the product of all residual mixes (paper, section 5.4): largest row sum for signals going"
+        " forward, largest column sum for gradients going back. mHC stays near 1."
     )
     return Chart("amax-gain", "Amax gain", text, draw, height=2.8)

@@ -14,11 +14,11 @@ from mhc_dist.config import dump_config, load_config
 from mhc_dist.observe.metrics import CommOp, CommUse, RankStep
 from mhc_dist.observe.rank_log import RankLog, read_rank_logs
 from mhc_dist.observe.report.build import write_comparison, write_report
-from mhc_dist.observe.report.charts import composite_gains
 from mhc_dist.observe.report.run_record import read_run
 from mhc_dist.observe.report.thin import thin
 from mhc_dist.observe.report.timeline import planned_events
 from mhc_dist.observe.run_log import RunLog
+from mhc_dist.observe.stability_log import composite_gains
 from mhc_dist.pipeline.perfetto import write_events
 from mhc_dist.pipeline.trace import StepPhase
 from tests.debian import require_command
