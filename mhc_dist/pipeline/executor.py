@@ -93,7 +93,6 @@ class Executor:
         """
         assert len(microbatches) == program.num_microbatches, (len(microbatches), program.num_microbatches)
         streams = self._streams
-        streams.begin()
         run = _Run(
             self._rank, self._chunks, self._items, self._transport, streams, program, microbatches, step_end
         )

@@ -10,9 +10,10 @@ Streams meet at events. The host waits for none of them, with one exception per 
 arrive decides the sizes of buffers (`PendingCounts`), and that wait is for the urgent stream alone.
 
 Memory follows three rules, which `hazards` proves of recorded runs. A transfer's buffers are held until the
-compute stream waits for its end (deferred free). What goes into or comes out of the urgent stream is marked
-as used on both (`keep`): the allocator then hands it out again only when both have passed its last use. And
-what autograd passes from stream to stream is autograd's business: it runs a backward where its forward ran.
+compute stream waits for its end (deferred free), and marked as used on the lane, because a gradient may come
+from the urgent stream's memory. What goes into or comes out of the urgent stream is marked as used on both
+(`keep`): the allocator then hands it out again only when both have passed its last use. And what autograd
+passes from stream to stream is autograd's business: it runs a backward where its forward ran.
 
 `HostStreams` is the CPU: one thread, what returns is over, and transfers are waited for by the host.
 `EventStreams` is a device with streams: `CudaDevice`, or one that records (`recording`).
@@ -60,10 +61,6 @@ class Flight(Protocol):
 class Streams(Protocol):
     """What the executor, transfers and chunks need of streams."""
 
-    def begin(self) -> None:
-        """A program starts: what was done before it, to parameters above all, is done on every stream."""
-        ...
-
     def transfer(self, lane: str, start: Callable[[], Work], buffers: Sequence[Tensor]) -> Flight:
         """Start a transfer on its lane, after all work given to the compute stream so far."""
         ...
@@ -73,7 +70,7 @@ class Streams(Protocol):
         ...
 
     def reading(self, tokens: Sequence[Token]) -> AbstractContextManager[None]:
-        """Around a phase: what it reads is there after `tokens`, for which the compute stream waits already."""
+        """Around a phase: what it reads is there after `tokens`, for which the compute stream waits."""
         ...
 
     def urgently(
@@ -81,7 +78,8 @@ class Streams(Protocol):
     ) -> Result:
         """run(*inputs) on the urgent stream, after the tokens: by default those of the phase around it.
 
-        Whatever it reads was there by then or is made by itself. The compute stream goes on after it.
+        Whatever it reads was there by then or is made by itself. That goes for parameters as well: each token
+        is later than the step that changed them. The compute stream goes on after it.
         """
         ...
 
@@ -112,8 +110,6 @@ class _HostFlight:
 
 class HostStreams:
     """One thread and no streams."""
-
-    def begin(self) -> None: ...
 
     def transfer(self, lane: str, start: Callable[[], Work], buffers: Sequence[Tensor]) -> Flight:
         return _HostFlight(start(), buffers)
@@ -182,7 +178,7 @@ class _EventFlight:
 
     def land(self) -> Token:
         self._compute.wait_event(self._end)
-        # From here on the compute stream, from whose memory they are, comes after the transfer.
+        # From here on the compute stream, from whose memory most of them are, comes after the transfer.
         self._buffers = ()
         return self._end
 
@@ -200,15 +196,14 @@ class EventStreams:
         self._lanes: dict[str, DeviceStream] = {}
         self._read: Sequence[Token] = ()
 
-    def begin(self) -> None:
-        self._urgent.wait_event(self._compute.record_event())
-
     def transfer(self, lane: str, start: Callable[[], Work], buffers: Sequence[Tensor]) -> Flight:
         if lane not in self._lanes:
             self._lanes[lane] = self._device.new_stream(lane, urgent=False)
         stream = self._lanes[lane]
         # Data to send is there, and memory to receive into is no longer used for anything else.
         stream.wait_event(self._compute.record_event())
+        for buffer in buffers:
+            self._device.keep(buffer, stream)
         with self._device.on(stream):
             # NCCL: makes the stream wait for the communicator's own one, not the host.
             start().wait()
@@ -219,7 +214,7 @@ class EventStreams:
 
     @contextmanager
     def reading(self, tokens: Sequence[Token]) -> Iterator[None]:
-        outer, self._read = self._read, tokens
+        outer, self._read = self._read, tuple(dict.fromkeys(tokens))
         try:
             yield
         finally:
