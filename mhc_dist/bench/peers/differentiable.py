@@ -116,13 +116,13 @@ class DifferentiableChunk(nn.Module):
                 flying[written] = (flight, edge)
             else:
                 values[written] = _Land.apply(edge, flight)
-        result: Tensor = values[CHUNK_OUTPUT]
-        return result
+        return _own(values[CHUNK_OUTPUT])
 
     def loss(self, streams_TNC: Tensor, targets_BL: Tensor) -> Tensor:
         """The end of the last chunk's last phase, which engines call by themselves, right after forward."""
         assert self.head is not None
-        return self._pace.leave((self.chunk.index, FINISH), (self.head(streams_TNC, targets_BL),))[0]
+        loss = self.head(streams_TNC, targets_BL)
+        return _own(self._pace.leave((self.chunk.index, FINISH), (loss,))[0])
 
     def _compute(self, phase: Phase, reads: list[Any]) -> tuple[Any, ...]:
         key = (self.chunk.index, phase.shape.name)
@@ -130,3 +130,8 @@ class DifferentiableChunk(nn.Module):
         if self.head is not None and phase.shape.name == FINISH:
             return outputs
         return self._pace.leave(key, outputs)
+
+
+def _own(output: Tensor) -> Tensor:
+    """Never a view: torch's engine detaches outputs in place, which views refuse."""
+    return output.clone() if output._is_view() else output
