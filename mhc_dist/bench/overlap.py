@@ -6,252 +6,301 @@ Four variants take turns within one run, on the same batches and to the same bit
     overlap             phases placed; nothing recomputed
     overlap, late       phases placed; streams recomputed right before their use
     overlap, placed     phases placed, recomputation too
+
+--ranks 2: one pipeline rank, experts over two, real compute on two cores. --ranks 4 and 8: two and four
+pipeline ranks, experts over two, in delay mode: every phase lasts its single-process time, in slow motion.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import statistics
-import sys
-import tempfile
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from time import perf_counter
+from statistics import median
 from typing import Any
 
-import torch
-import torch.distributed as dist
-from mhc_kernels.seam import make_backend
 from torch import Tensor
-from torch.multiprocessing.spawn import spawn
 
-from mhc_dist.bench.alone import Nobody, random_microbatches
-from mhc_dist.bench.hidden import HiddenReport, hidden_report
-from mhc_dist.bench.result import shown_command, write_result
-from mhc_dist.config import RunConfig, load_config
-from mhc_dist.config_sections import RecomputeConfig
-from mhc_dist.parallel.emulated_link import EmulatedLink
-from mhc_dist.parallel.expert_exchange import ExpertExchange
-from mhc_dist.parallel.process_groups import ProcessGroups
-from mhc_dist.parallel.stage import Stage
-from mhc_dist.pipeline.action import ActionKind, Pass, Program
-from mhc_dist.pipeline.calibrate import calibrate
+from mhc_dist.bench.cell import Cell, Mode, Runner, check_equal, message_bytes, run_ranks, with_recompute
+from mhc_dist.bench.command import Bench, Outcome
+from mhc_dist.bench.hidden import HiddenReport, hidden_report, together
+from mhc_dist.bench.overrun import BOUND, Overrun
+from mhc_dist.bench.peers.costs import (
+    costs_alone,
+    costs_from,
+    link_for,
+    machine_of,
+    on_link,
+    payloads_of,
+    stretched,
+)
+from mhc_dist.bench.peers.ratio import paired_ratio
+from mhc_dist.bench.simulated import prediction
+from mhc_dist.config import RunConfig
+from mhc_dist.pipeline.action import Pass
 from mhc_dist.pipeline.cost import CostTable
-from mhc_dist.pipeline.executor import Executor, Microbatch
 from mhc_dist.pipeline.lower import lower
-from mhc_dist.pipeline.perfetto import TraceEvent
 from mhc_dist.pipeline.place import Placement
-from mhc_dist.pipeline.trace import Trace
 from mhc_dist.pipeline.validate import validate
-from mhc_dist.plan.cluster import load_cluster
 from mhc_dist.plan.layout import own_shapes, schedule_of
-from mhc_dist.plan.machine import Machine
-from mhc_dist.plan.run_costs import placed_program, run_costs
-from mhc_dist.topology import Topology
+from mhc_dist.plan.run_costs import placed_program
 
-DEFAULT_CONFIG = Path(__file__).resolve().parents[2] / "configs" / "bench.yaml"
-LATENCY_SECONDS = 1e-4
+MODES: tuple[Mode, ...] = ("none", "mhc")
 NO_OVERLAP, OVERLAP, LATE, PLACED = "no_overlap", "overlap", "overlap_late_recompute", "overlap_placed"
-RECOMPUTES = {NO_OVERLAP: "none", OVERLAP: "none", LATE: "mhc", PLACED: "mhc"}
+RECOMPUTES: dict[str, Mode] = {NO_OVERLAP: "none", OVERLAP: "none", LATE: "mhc", PLACED: "mhc"}
+PLACEMENTS = {OVERLAP: Placement(), LATE: Placement(prefetch_recompute=False), PLACED: Placement()}
+
+REAL_SIZES = ("schedule.num_microbatches=16",)
+DELAY_SIZES = (
+    "model.num_layers=8",
+    "model.hidden_size=128",
+    "model.expert_dim=128",
+    "model.num_active_experts=4",
+    "data.sequence_length=128",
+    "schedule.num_microbatches=16",
+)
+"""Small enough that the ranks' real compute fits into nominal time. As many microbatches as a step on a
+cluster has: with few, what fill and drain leave exposed outweighs everything else."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """ratio: all-to-all over compute. slow_motion: nominal over measured time, None computes in real time."""
+
+    ratio: float
+    rounds: int
+    slow_motion: float | None
+    max_overrun: float
 
 
 @dataclass
 class _Variant:
-    """One way to run the step, and what it measured."""
+    """One way to run the step, and what it has shown so far on this rank."""
 
-    stage: Stage
-    program: Program
-    seconds: list[float]
-    reports: list[HiddenReport]
-
-    def run(self, microbatches: Sequence[Microbatch]) -> tuple[float, Trace]:
-        """One step; gradients are left in the parameters."""
-        for parameter in self.stage.parameters():
-            parameter.grad = None
-        nobody = Nobody()
-        dist.barrier()
-        start = perf_counter()
-        output = Executor(0, self.stage.by_index, nobody).run(self.program, microbatches, nobody)
-        return perf_counter() - start, output.trace
-
-    def gradients(self) -> dict[str, Tensor]:
-        return {name: p.grad for name, p in self.stage.logical_parameters() if p.grad is not None}
+    runner: Runner
+    costs: CostTable
+    seconds: list[float] = field(default_factory=list)
+    reports: list[HiddenReport] = field(default_factory=list)
+    overrun: Overrun = field(default_factory=Overrun)
 
 
-def measure(rank: int, store: str, config: RunConfig, ratio: float, rounds: int, result: Path) -> None:
+def measure(rank: int, store: str, config: RunConfig, plan: Plan, result: Path) -> None:
     """One rank of the bench. Rank 0 writes its figures to `result`."""
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=config.num_processes)
-    topology = Topology(1, config.parallel.data, config.parallel.expert, rank)
-    groups = ProcessGroups.build(topology)
-    exchange = ExpertExchange(
-        config.model.num_experts, topology.expert, groups.expert_forward, groups.expert_backward
-    )
-    shapes = {mode: own_shapes(_with(config, mode)) for mode in ("none", "mhc")}
-    stages = {
-        mode: Stage(
-            _with(config, mode),
-            shapes[mode].places,
-            make_backend(config.kernels.backend),
-            exchange,
-            topology.expert_rank,
-            torch.device("cpu"),
-        )
-        for mode in shapes
-    }
-    # Work makes figures, not text: random tokens spread over the experts as an untrained router sends them.
-    microbatches = random_microbatches(config, seed=rank)
+    configs = {mode: with_recompute(config, mode) for mode in MODES}
+    plain = {mode: lower(schedule_of(c), own_shapes(c).chunks) for mode, c in configs.items()}
+    cell = Cell.join(rank, store, config, plain["none"].links)
+    stages = {mode: cell.stage(c, plain[mode]) for mode, c in configs.items()}
 
-    schedule = schedule_of(config)
-    plain = {mode: lower(schedule, shapes[mode].chunks) for mode in shapes}
-    warm = {mode: _Variant(stages[mode], plain[mode], [], []) for mode in shapes}
-    traces = {mode: [variant.run(microbatches)[1] for _ in range(3)][1:] for mode, variant in warm.items()}
-    link = _link_for(traces["none"], ratio)
-    exchange.use_link(link)
+    warm = {}
+    for mode, stage in stages.items():
+        runner = cell.runner(stage, plain[mode])
+        runner.step()
+        warm[mode] = runner.step()[1].events
+    compute: dict[str, CostTable] = {}
+    if rank == 0:
+        for mode, own in configs.items():
+            compute[mode] = (
+                costs_from(own, warm[mode])
+                if plan.slow_motion is None
+                else stretched(costs_alone(own), plan.slow_motion)
+            )
+    compute = cell.from_rank_0(compute)
+    payloads = payloads_of(warm["none"])
+    link = link_for(compute["none"], payloads, plain["none"], plan.ratio)
+    costs = {mode: on_link(table, payloads, link, message_bytes(config)) for mode, table in compute.items()}
 
-    costs = {mode: _costs(_with(config, mode), trace, link) for mode, trace in traces.items()}
-    machine = Machine(load_cluster(config.schedule.cluster or "laptop"))
-    placements = {OVERLAP: Placement(), LATE: Placement(prefetch_recompute=False), PLACED: Placement()}
     programs = {NO_OVERLAP: plain["none"]}
-    for name, placement in placements.items():
-        mode = RECOMPUTES[name]
-        programs[name] = placed_program(_with(config, mode), machine, placement, costs[mode])
-    for program in programs.values():
+    for name, placement in PLACEMENTS.items():
+        own = configs[RECOMPUTES[name]]
+        programs[name] = placed_program(own, machine_of(own), placement, costs[RECOMPUTES[name]])
+    variants = {}
+    for name, program in programs.items():
         validate(program)
-    variants = {name: _Variant(stages[RECOMPUTES[name]], p, [], []) for name, p in programs.items()}
+        mode = RECOMPUTES[name]
+        nominal = None if plan.slow_motion is None else costs[mode]
+        variants[name] = _Variant(cell.runner(stages[mode], program, nominal, link), costs[mode])
 
-    want: dict[str, Tensor] | None = None
+    _alternate(variants, plan.rounds, link.seconds, nominal=plan.slow_motion is not None)
+    everyone = {name: cell.gather((variant.reports, variant.overrun)) for name, variant in variants.items()}
+    if rank == 0:
+        figures = _figures(variants, everyone, plan) | {
+            "all_to_all_to_compute_ratio": plan.ratio,
+            "slow_motion": plan.slow_motion,
+            "link_bytes_per_second": link.bytes_per_second,
+            "link_latency_seconds": link.latency_seconds,
+            "ranks": config.num_processes,
+            "pipeline": config.parallel.pipeline,
+            "expert": config.parallel.expert,
+            "schedule": config.schedule.name,
+            "num_microbatches": config.schedule.num_microbatches,
+        }
+        result.write_text(json.dumps(figures))
+    cell.leave()
+
+
+def _alternate(
+    variants: dict[str, _Variant], rounds: int, link_seconds: Callable[[int], float], *, nominal: bool
+) -> None:
+    """Steps in turn. The first turn warms up, and proves that all variants compute the same."""
+    want: dict[str, Tensor] = {}
     for turn in range(rounds + 1):
-        for variant in variants.values():
-            seconds, trace = variant.run(microbatches)
-            if turn == 0:  # warms up, and proves that all variants compute the same
-                want = want or {name: g.clone() for name, g in variant.gradients().items()}
-                got = variant.gradients()
-                if got.keys() != want.keys() or any(not torch.equal(got[n], want[n]) for n in want):
-                    raise RuntimeError("variants do not compute the same gradients, so times say nothing")
+        for name, variant in variants.items():
+            seconds, trace = variant.runner.step()
+            if turn == 0:
+                want = want or {key: gradient.clone() for key, gradient in variant.runner.gradients().items()}
+                check_equal(want, variant.runner.gradients(), name)
                 continue
             variant.seconds.append(seconds)
-            variant.reports.append(hidden_report(trace.events, link.seconds))
-    if rank == 0:
-        result.write_text(json.dumps(_figures(variants, link, ratio)))
-    dist.destroy_process_group()
+            variant.reports.append(hidden_report(trace.events, link_seconds))
+            if nominal:
+                variant.overrun += Overrun.of(trace.events, variant.costs)
 
 
-def _with(config: RunConfig, mode: str) -> RunConfig:
-    block = config.recompute.block
-    return config.model_copy(update={"recompute": RecomputeConfig(mode=mode, block=block)})  # type: ignore[arg-type]
+def _figures(
+    variants: dict[str, _Variant],
+    everyone: dict[str, list[tuple[list[HiddenReport], Overrun]]],
+    plan: Plan,
+) -> dict[str, Any]:
+    """All ranks' seconds, step by step; medians over steps."""
+    reports = {
+        name: [together(of_step) for of_step in zip(*(reports for reports, _ in ranks), strict=True)]
+        for name, ranks in everyone.items()
+    }
+    overrun = sum((overrun for ranks in everyone.values() for _, overrun in ranks), Overrun())
 
+    def median_of(name: str, figure: Callable[[HiddenReport], float | None]) -> float | None:
+        values = [value for report in reports[name] if (value := figure(report)) is not None]
+        return median(values) if values else None
 
-def _link_for(traces: Sequence[Trace], ratio: float) -> EmulatedLink:
-    """A link on which a step's exchanges take `ratio` of its compute time; the same on all ranks."""
-    compute_kinds = (ActionKind.COMPUTE, ActionKind.GRADIENT, ActionKind.WEIGHT)
-    compute = statistics.median(
-        sum(e.end - e.start for e in trace.events if e.action.kind in compute_kinds) for trace in traces
-    )
-    issues = [e.payload_bytes for e in traces[0].events if e.action.kind is ActionKind.ISSUE]
-    facts = torch.tensor([compute, float(sum(issues))], dtype=torch.float64)
-    dist.all_reduce(facts)
-    compute, payload = (facts / dist.get_world_size()).tolist()
-    return EmulatedLink(LATENCY_SECONDS, payload / (ratio * compute - len(issues) * LATENCY_SECONDS))
-
-
-def _costs(config: RunConfig, traces: Sequence[Trace], link: EmulatedLink) -> CostTable:
-    """Compute from the traces, exchanges from the link; rank 0's, so that all ranks place alike."""
-    predicted = run_costs(config, Machine(load_cluster(config.schedule.cluster or "laptop")))
-    events = [
-        TraceEvent(0, e.action, e.start, e.end, e.payload_bytes)
-        for trace in traces
-        for e in trace.events
-        if e.action.kind not in (ActionKind.ISSUE, ActionKind.WAIT)
-    ]
-    measured = calibrate(predicted, events)
-    payloads: dict[tuple[int, str], list[int]] = {}
-    for trace in traces:
-        for e in trace.events:
-            if e.action.kind is ActionKind.ISSUE:
-                payloads.setdefault((e.action.chunk, e.action.item), []).append(e.payload_bytes)
-    exchanges = {}
-    for key, cost in measured.exchanges.items():
-        seconds = link.seconds(round(statistics.mean(payloads[key])))
-        exchanges[key] = replace(cost, forward=seconds, backward=seconds)
-    box = [replace(measured, exchanges=exchanges)]
-    dist.broadcast_object_list(box)
-    return box[0]
-
-
-def _figures(variants: dict[str, _Variant], link: EmulatedLink, ratio: float) -> dict[str, Any]:
-    def median_of(name: str, figure: Any) -> float | None:
-        values = [figure(report) for report in variants[name].reports]
-        return None if None in values else statistics.median(values)
+    def shares_of(name: str) -> dict[str, float]:
+        found = [report.exposed_shares() for report in reports[name]]
+        return {key: median(shares[key] for shares in found) for key in found[0]}
 
     forward, backward = Pass.FORWARD, Pass.BACKWARD
-    steps = {name: statistics.median(variant.seconds) for name, variant in variants.items()}
-    speedups = {
-        name: statistics.median(
-            a / b for a, b in zip(variants[NO_OVERLAP].seconds, variant.seconds, strict=True)
-        )
-        for name, variant in variants.items()
-    }
+    base = variants[NO_OVERLAP].seconds
     return {
         "all_to_all_hidden_ratio": median_of(PLACED, lambda r: r.hidden_ratio()),
         "forward_combine_hidden_ratio": median_of(PLACED, lambda r: r.hidden_ratio(("combine", forward))),
         "backward_combine_hidden_ratio": median_of(PLACED, lambda r: r.hidden_ratio(("combine", backward))),
         "recompute_hidden_ratio": median_of(PLACED, lambda r: r.recompute_hidden_ratio),
-        "all_to_all_to_compute_ratio": ratio,
-        "link_bytes_per_second": link.bytes_per_second,
-        "link_latency_seconds": link.latency_seconds,
-        "rounds": len(variants[PLACED].seconds),
+        "all_to_all_hidden_ratio_without_late_peers": median_of(
+            PLACED, lambda r: r.hidden_ratio(wire_only=True)
+        ),
+        "rounds": len(base),
         "gradients_bit_equal": True,
-        "step_seconds": steps,
-        "speedup_over_no_overlap": speedups,
+        "step_seconds": {name: median(variant.seconds) for name, variant in variants.items()},
+        "speedup_over_no_overlap": {
+            name: asdict(paired_ratio(base, variant.seconds)) for name, variant in variants.items()
+        },
         "all_to_all_hidden": {name: median_of(name, lambda r: r.hidden_ratio()) for name in variants},
         "recompute_hidden": {name: median_of(name, lambda r: r.recompute_hidden_ratio) for name in variants},
+        "exposed_shares": {name: shares_of(name) for name in variants},
+        "simulator": {
+            name: prediction(variant.runner.program, variant.costs, variant.seconds)
+            for name, variant in variants.items()
+        },
+        **(overrun.figures() if plan.slow_motion is not None else {}),
+        "_overrun": asdict(overrun),
     }
 
 
-def run(config: RunConfig, ratio: float, rounds: int) -> dict[str, Any]:
-    """Start the ranks and return rank 0's figures."""
-    if config.parallel.pipeline != 1 or config.parallel.data != 2 or config.parallel.expert != 2:
+def run(config: RunConfig, plan: Plan) -> dict[str, Any]:
+    """Start the ranks and return their figures. ValueError when they ask for what cannot be measured."""
+    parallel = config.parallel
+    if parallel.expert < 2 or parallel.expert != parallel.data:
         raise ValueError(
-            f"the overlap bench runs 1 pipeline rank with experts over 2, not {config.parallel.pipeline} with"
-            f" {config.parallel.expert} of {config.parallel.data}. Set parallel.pipeline=1, parallel.data=2"
-            " and parallel.expert=2."
+            f"parallel.expert={parallel.expert} of parallel.data={parallel.data}: the overlap bench needs"
+            " experts over all data ranks, at least two. Set parallel.data=2 and parallel.expert=2."
         )
-    if not ratio > 0 or rounds < 1:
-        raise ValueError(f"ratio={ratio} must be above 0 and rounds={rounds} at least 1.")
-    with tempfile.TemporaryDirectory(prefix="bench_") as folder:
-        result = Path(folder) / "figures.json"
-        spawn(
-            measure,
-            (f"{folder}/store", config, ratio, rounds, result),
-            nprocs=config.num_processes,
+    if plan.slow_motion is None and parallel.pipeline != 1:
+        raise ValueError(
+            f"parallel.pipeline={parallel.pipeline} with real compute: more ranks than cores hide each"
+            " other's waits. Pass --ranks 4 or 8, which run in delay mode, or set parallel.pipeline=1."
         )
-        figures: dict[str, Any] = json.loads(result.read_text())
+    if not plan.ratio > 0 or plan.rounds < 1 or not (plan.slow_motion is None or plan.slow_motion >= 1):
+        raise ValueError(
+            f"ratio={plan.ratio} must be above 0, rounds={plan.rounds} and slow_motion={plan.slow_motion} at"
+            " least 1."
+        )
+    figures = run_ranks(measure, config, plan)
+    Overrun(**figures.pop("_overrun")).check(plan.max_overrun)
     return figures
 
 
-def main(arguments: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(prog="mhc-dist bench overlap", description=__doc__)
-    parser.add_argument("--config", type=Path, default=DEFAULT_CONFIG)
-    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE")
-    parser.add_argument("--ratio", type=float, default=0.6, help="all-to-all time over compute time")
-    parser.add_argument("--rounds", type=int, default=7)
-    parser.add_argument("--results", type=Path, default=Path("results"))
-    options = parser.parse_args(arguments)
-    try:
-        figures = run(load_config(options.config, options.set), options.ratio, options.rounds)
-    except ValueError as error:
-        print(f"mhc-dist: {error}", file=sys.stderr)
-        sys.exit(2)
-    command = shown_command("overlap", arguments)
-    name = f"overlap_{options.ratio:g}"
-    label = "emulated link; compute measured, two ranks on two cores"
-    path = write_result(name, options.results, command, label, figures)
-    print(f"{label}; written to {path}")
-    print(json.dumps(figures))
+def slow_motion_for(num_ranks: int) -> float:
+    """Nominal over measured time, so that all ranks can start a phase at once and still be in time."""
+    return max(1.5, 1.5 * num_ranks / (os.cpu_count() or 1))
 
+
+def add_rank_options(parser: argparse.ArgumentParser) -> None:
+    """Options of benches that run in real compute or in delay mode."""
+    parser.add_argument("--ranks", type=int, choices=(2, 4, 8), default=2, help="processes (2)")
+    parser.add_argument(
+        "--slow-motion",
+        type=float,
+        help="delay mode: nominal over measured compute time (1.5 times the ranks of a core)",
+    )
+    parser.add_argument(
+        "--max-overrun",
+        type=float,
+        default=BOUND,
+        help="delay mode: share of late time above which the run is refused (%(default)s)",
+    )
+    parser.add_argument("--ratio", type=float, default=0.6, help="all-to-all time over compute time (0.6)")
+
+
+def rank_settings(options: argparse.Namespace) -> Sequence[str]:
+    """Configuration for `--ranks`."""
+    if options.ranks == 2:
+        return REAL_SIZES
+    return (*DELAY_SIZES, f"parallel.pipeline={options.ranks // 2}")
+
+
+def slow_motion_of(options: argparse.Namespace) -> float | None:
+    """None for real compute."""
+    if options.ranks == 2:
+        return None
+    return options.slow_motion or slow_motion_for(options.ranks)
+
+
+def label_of(options: argparse.Namespace) -> str:
+    if options.ranks == 2:
+        return "emulated link; compute measured, two ranks on two cores"
+    return "emulated link; delay mode: single-process times of compute, in slow motion"
+
+
+def _add_options(parser: argparse.ArgumentParser) -> None:
+    add_rank_options(parser)
+    parser.add_argument("--rounds", type=int, default=7, help="timed steps of every variant (7)")
+
+
+def _table(figures: dict[str, Any]) -> str:
+    lines = [f"{'':26}{'step':>9}{'speedup':>9}{'hidden':>8}{'recompute':>11}{'fill':>7}{'steady':>8}"]
+    lines[0] += f"{'drain':>7}{'peer':>7}{'simulated':>11}"
+    for name, seconds in figures["step_seconds"].items():
+        shares, recompute = figures["exposed_shares"][name], figures["recompute_hidden"][name]
+        lines.append(
+            f"{name:26}{seconds:7.3f} s{figures['speedup_over_no_overlap'][name]['median']:9.2f}"
+            f"{figures['all_to_all_hidden'][name]:8.1%}{'' if recompute is None else f'{recompute:.1%}':>11}"
+            f"{shares['fill']:7.1%}{shares['steady']:8.1%}{shares['drain']:7.1%}{shares['peer']:7.1%}"
+            f"{figures['simulator'][name]['ratio']:11.2f}"
+        )
+    if "overrun_share" in figures:
+        lines.append(f"phases overran their nominal time by {figures['overrun_share']:.1%}")
+    return "\n".join(lines)
+
+
+def _measure(config: RunConfig, options: argparse.Namespace) -> Outcome:
+    plan = Plan(options.ratio, options.rounds, slow_motion_of(options), options.max_overrun)
+    figures = run(config, plan)
+    stem = f"overlap_{options.ratio:g}" + ("" if options.ranks == 2 else f"_{options.ranks}_ranks")
+    return Outcome(stem, label_of(options), figures, _table(figures))
+
+
+BENCH = Bench("overlap", __doc__, _add_options, _measure, rank_settings)
 
 if __name__ == "__main__":
-    main()
+    BENCH.main()

@@ -1,0 +1,194 @@
+"""The ranks of a bench: processes joined by an emulated link, and steps of any program on them.
+
+Two ways to compute. *Real*: phases last as long as they take, for at most as many ranks as cores. *Delay
+mode*: every phase lasts its nominal time, its time in one process alone times a factor, on however many
+ranks; results are computed all the same. Everything then runs in slow motion, exchanges too, since the link
+is chosen by the nominal times. Ratios are those of real time; whether the processors kept up is measured
+(`Overrun`).
+"""
+
+from __future__ import annotations
+
+import json
+import tempfile
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from time import perf_counter
+from typing import Any, Literal
+
+import torch
+import torch.distributed as dist
+from mhc_kernels.seam import make_backend
+from torch import Tensor
+from torch.autograd.graph import get_gradient_edge
+from torch.multiprocessing import start_processes  # type: ignore[attr-defined]
+
+from mhc_dist.bench.alone import Nobody, random_microbatches
+from mhc_dist.bench.linked_group import Route, register
+from mhc_dist.bench.pace import Nominal
+from mhc_dist.config import RunConfig
+from mhc_dist.config_sections import RecomputeConfig
+from mhc_dist.parallel.emulated_link import EmulatedLink
+from mhc_dist.parallel.expert_exchange import ExpertExchange
+from mhc_dist.parallel.process_groups import ProcessGroups
+from mhc_dist.parallel.stage import Stage
+from mhc_dist.pipeline.action import Program
+from mhc_dist.pipeline.cost import CostTable
+from mhc_dist.pipeline.executor import Executor, Microbatch
+from mhc_dist.pipeline.trace import Trace
+from mhc_dist.pipeline.transport import GroupTransport
+from mhc_dist.plan.layout import own_shapes
+from mhc_dist.topology import Topology
+
+Mode = Literal["none", "mhc", "full"]
+CPU = torch.device("cpu")
+
+
+def with_recompute(config: RunConfig, mode: Mode) -> RunConfig:
+    return config.model_copy(update={"recompute": RecomputeConfig(mode=mode, block=config.recompute.block)})
+
+
+def message_bytes(config: RunConfig) -> int:
+    """Streams of one microbatch."""
+    value_bytes = 4 if config.train.precision == "fp32" else 2
+    tokens = config.data.sequences_per_microbatch * config.data.sequence_length
+    return tokens * config.residual.num_streams * config.model.hidden_size * value_bytes
+
+
+def run_ranks(measure: Callable[..., None], config: RunConfig, *arguments: Any) -> dict[str, Any]:
+    """Start measure(rank, store, config, *arguments, result) on all ranks; returns what one wrote to result.
+
+    Ranks are forked, so that they share what is imported already. Raises what the first rank to fail raised.
+    """
+    # The first backward of a process imports for a second: done before the ranks part.
+    leaf = torch.ones(1, requires_grad=True)
+    torch.autograd.backward([get_gradient_edge(leaf * 2)], [torch.ones(1)])
+    with tempfile.TemporaryDirectory(prefix="bench_") as folder:
+        result = Path(folder) / "figures.json"
+        start_processes(
+            measure,
+            (f"{folder}/store", config, *arguments, result),
+            nprocs=config.num_processes,
+            start_method="fork",
+        )
+        figures: dict[str, Any] = json.loads(result.read_text())
+    return figures
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One rank among the others."""
+
+    config: RunConfig
+    topology: Topology
+    groups: ProcessGroups
+    exchange: ExpertExchange
+    route: Route
+    microbatches: list[Microbatch]
+
+    @classmethod
+    def join(cls, rank: int, store: str, config: RunConfig, links: Iterable[tuple[int, int]]) -> Cell:
+        """Collective. links: pairs of pipeline ranks that send each other messages."""
+        torch.set_num_threads(1)
+        route = Route()
+        world_size = config.num_processes
+        dist.init_process_group(
+            register(route), init_method=f"file://{store}", rank=rank, world_size=world_size
+        )
+        parallel = config.parallel
+        topology = Topology(parallel.pipeline, parallel.data, parallel.expert, rank)
+        groups = ProcessGroups.build(topology, config.train.timeout_seconds, links)
+        exchange = ExpertExchange(
+            config.model.num_experts, topology.expert, groups.expert_forward, groups.expert_backward
+        )
+        # Work makes figures, not text: random tokens spread over experts as an untrained router sends them.
+        microbatches = random_microbatches(config, seed=topology.data_rank)
+        return cls(config, topology, groups, exchange, route, microbatches)
+
+    def leave(self) -> None:
+        """Collective: a rank that left early would look like a crash to the others."""
+        dist.barrier()
+        dist.destroy_process_group()
+
+    def stage(self, config: RunConfig, program: Program) -> Stage:
+        """This rank's chunks."""
+        own = [p for p in own_shapes(config).places if program.chunk_rank[p.index] == self._pipeline_rank]
+        backend = make_backend(config.kernels.backend)
+        return Stage(config, own, backend, self.exchange, self.topology.expert_rank, CPU)
+
+    @property
+    def _pipeline_rank(self) -> int:
+        return self.topology.pipeline_rank
+
+    def runner(
+        self,
+        stage: Stage,
+        program: Program,
+        nominal: CostTable | None = None,
+        link: EmulatedLink | None = None,
+    ) -> Runner:
+        """Runs `program` on `stage` over `link` (None: loopback as it is); with `nominal`, in delay mode."""
+        data, model = self.config.data, self.config.model
+        num_tokens = data.sequences_per_microbatch * data.sequence_length
+        transport = GroupTransport(
+            self.groups.channels,
+            dict(enumerate(self.topology.pipeline_group_ranks)),
+            self.topology.rank,
+            (num_tokens, self.config.residual.num_streams, model.hidden_size),
+            next(stage.parameters()).dtype,
+            CPU,
+        )
+        stretch = None if nominal is None else Nominal(nominal).stretch
+        executor = Executor(self._pipeline_rank, stage.by_index, transport, stretch=stretch)
+        return Runner(stage, program, executor, self.microbatches, self.route, link)
+
+    def from_rank_0(self, value: Any) -> Any:
+        """What rank 0 passes in; collective."""
+        box = [value]
+        dist.broadcast_object_list(box)
+        return box[0]
+
+    def gather(self, value: Any) -> list[Any]:
+        """What all ranks pass in, in rank order; collective."""
+        found: list[Any] = [None] * dist.get_world_size()
+        dist.all_gather_object(found, value)
+        return found
+
+
+@dataclass(frozen=True)
+class Runner:
+    """Steps of one program on one rank, without reduction and optimizer."""
+
+    stage: Stage
+    program: Program
+    executor: Executor
+    microbatches: Sequence[Microbatch]
+    route: Route
+    link: EmulatedLink | None
+
+    def step(self) -> tuple[float, Trace]:
+        """One step: seconds until the last rank is through, and this rank's trace. Collective.
+
+        Gradients are left in the parameters.
+        """
+        self.stage.zero_grad(set_to_none=True)
+        nobody = Nobody()
+        self.route.link = self.link
+        dist.barrier()
+        start = perf_counter()
+        output = self.executor.run(self.program, self.microbatches, nobody)
+        seconds = torch.tensor(perf_counter() - start, dtype=torch.float64)
+        dist.all_reduce(seconds, dist.ReduceOp.MAX)
+        return float(seconds), output.trace
+
+    def gradients(self) -> dict[str, Tensor]:
+        """By the parameters' names in the whole model."""
+        return {name: p.grad for name, p in self.stage.logical_parameters() if p.grad is not None}
+
+
+def check_equal(want: Mapping[str, Tensor], got: Mapping[str, Tensor], who: str) -> None:
+    """Raise RuntimeError unless both hold the same gradients, bit for bit."""
+    wrong = [name for name in want if name not in got or not torch.equal(got[name], want[name])]
+    if wrong or got.keys() != want.keys():
+        raise RuntimeError(f"{who} computes other gradients ({', '.join(wrong[:3])}), so times say nothing")
