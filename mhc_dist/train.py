@@ -291,6 +291,7 @@ def train_step(worker: Worker, batches: Batches, step: int, stop: StopKind | Non
         data_seconds=data_seconds,
         load_max_to_mean_ratio=max(load_ratios, default=None),
         trace=output.trace,
+        reduction=outcome.reduction,
         stability=stability,
     )
 

@@ -33,6 +33,7 @@ from mhc_dist.observe.stability import StageFigures
 from mhc_dist.observe.stability_log import StabilityLog
 from mhc_dist.observe.step_traces import StepTraces
 from mhc_dist.observe.target_file import announced_target
+from mhc_dist.optim.reduction import Reduction
 from mhc_dist.pipeline.trace import StepPhase, Trace
 from mhc_dist.topology import Topology
 
@@ -55,6 +56,7 @@ class StepFigures:
     data_seconds: float
     load_max_to_mean_ratio: float | None
     trace: Trace
+    reduction: Reduction
     stability: StageFigures | None = None
     """Of this rank's layers, in the steps that are measured, on the first data rank of a stage."""
 
@@ -340,6 +342,7 @@ def _rank_step(figures: StepFigures, memory: MemoryUse) -> RankStep:
                 figures.trace.exchange_seconds(), exposed_all_to_all, sent["all_to_all"]
             ),
             CommOp.P2P: CommUse(exposed_p2p, exposed_p2p, sent["p2p"]),
+            CommOp.REDUCE: CommUse(*figures.reduction),
         },
         memory_allocated_bytes=memory.allocated_bytes,
         memory_peak_bytes=memory.peak_bytes,

@@ -39,6 +39,7 @@ from mhc_dist.optim.deepspeed_config import engine_config
 from mhc_dist.optim.engine_state import EngineState, FlatGroup, ParameterState, Partition
 from mhc_dist.optim.learning_rate import learning_rate
 from mhc_dist.optim.parameter_groups import cast_to_bf16, parameter_groups
+from mhc_dist.optim.reduction import Reduction, ReductionUnderWay
 from mhc_dist.optim.replicas import check_replicas
 from mhc_dist.parallel.process_groups import create_group
 from mhc_dist.topology import Topology
@@ -126,6 +127,7 @@ class StepOutcome:
     learning_rate: float
     applied: bool
     losses_finite: bool
+    reduction: Reduction
 
 
 class _FlatOptimizer(BF16_Optimizer):  # type: ignore[misc]
@@ -144,7 +146,8 @@ class _FlatOptimizer(BF16_Optimizer):  # type: ignore[misc]
     ) -> None:
         self._reduce_groups = reduce_groups
         self._data_size = data_size
-        self._reductions: list[dist.Work] = []
+        self._under_way: ReductionUnderWay | None = None
+        self.reduction = Reduction()
         self.is_reduced = False
         self.losses: Sequence[Tensor] = ()
         self.losses_finite = True
@@ -176,21 +179,16 @@ class _FlatOptimizer(BF16_Optimizer):  # type: ignore[misc]
         """
         assert not self.is_reduced, "gradients are already reduced"
         self.is_reduced = True
-        self._reductions = [
-            dist.reduce_scatter_single(partition, flat, group=group, async_op=True)
-            for partition, flat, group in zip(
-                self.fp32_groups_gradient_flat_partition,
-                self.fp32_groups_gradients_flat,
-                self.real_dp_process_group,
-                strict=True,
-            )
-            if partition.numel() != flat.numel()
-        ]
+        self._under_way = ReductionUnderWay.start(
+            self.fp32_groups_gradient_flat_partition,
+            self.fp32_groups_gradients_flat,
+            self.real_dp_process_group,
+        )
 
     def wait_for_reduction(self) -> None:
-        for reduction in self._reductions:
-            reduction.wait()
-        self._reductions = []
+        if self._under_way is not None:
+            self.reduction = self._under_way.wait()
+            self._under_way = None
 
     @torch.no_grad()
     def step(self, closure: None = None) -> None:
@@ -476,6 +474,7 @@ class OptimizerEngine:
             rate,
             applied=not self._optimizer.overflow,
             losses_finite=self._optimizer.losses_finite,
+            reduction=self._optimizer.reduction,
         )
 
     def reduced_gradients(self) -> dict[str, Tensor]:
