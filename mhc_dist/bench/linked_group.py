@@ -74,18 +74,19 @@ class _Arrival:
         if not all(work.is_completed() for work in self.works):
             return False
         left, seconds = self.note.tolist()
-        return self.link.clock() >= max(left, self.posted) + seconds
+        landed: bool = self.link.clock() >= max(left, self.posted) + seconds
+        return landed
 
 
 class LinkedGroup(dist.ProcessGroup):
     """A gloo group on a route. Methods are those that `torch.distributed` calls."""
 
     def __init__(self, gloo: Any, rank: int, size: int, route: Route) -> None:
-        super().__init__(rank, size)
+        super().__init__(rank, size)  # type: ignore[call-arg]  # the stubs know another overload only
         self._gloo, self._route = gloo, route
         # Tells torch which devices and types of backend there are; the calls go to gloo directly.
-        self._register_backend(torch.device("cpu"), dist.ProcessGroup.BackendType.GLOO, gloo)  # type: ignore[attr-defined]
-        self._set_default_backend(dist.ProcessGroup.BackendType.GLOO)  # type: ignore[attr-defined]
+        self._register_backend(torch.device("cpu"), dist.ProcessGroup.BackendType.GLOO, gloo)
+        self._set_default_backend(dist.ProcessGroup.BackendType.GLOO)
 
     def getBackendName(self) -> str:  # noqa: N802 - torch's name for it
         return BACKEND
@@ -119,8 +120,8 @@ class LinkedGroup(dist.ProcessGroup):
         to receive behind its own data, and the two directions of a slow link take turns.
         """
         size, own = self.size(), self.rank()
-        outputs = output.split(output_split_sizes or output.shape[0] // size)
-        inputs = input.split(input_split_sizes or input.shape[0] // size)
+        outputs: tuple[Tensor, ...] = output.split(output_split_sizes or output.shape[0] // size)  # type: ignore[no-untyped-call]
+        inputs: tuple[Tensor, ...] = input.split(input_split_sizes or input.shape[0] // size)  # type: ignore[no-untyped-call]
         others = [(own + step) % size for step in range(1, size)]
         works = [self._gloo.recv([outputs[rank]], rank, ALL_TO_ALL_TAG) for rank in others]
         works += [self._gloo.send([inputs[rank]], rank, ALL_TO_ALL_TAG) for rank in others]

@@ -32,8 +32,8 @@ MIN_RATE, MAX_RATE = 1e6, 2e9
 """Bits per second. Above, moving bytes keeps a processor busy, and compute would wait for it."""
 
 UNITS = {"kbit": 1e3, "mbit": 1e6, "gbit": 1e9}
-BURST_BYTES = 256 * 1024
-"""Sent at once before the limit holds: some packets of 64 KiB, as the kernel builds them."""
+BURST_SECONDS, MIN_BURST_BYTES = 1e-3, 16 * 1024
+"""What may leave at once after a pause, before the limit holds."""
 
 QUEUE_SECONDS = 0.2
 
@@ -147,9 +147,12 @@ class ShapedNetwork:
         self._made.append(name)
         _ip("netns", "add", name)
 
+    def slow_down(self, bits_per_second: float) -> None:
+        """Limit what leaves this process's rank, which has entered, to less than the network's rate."""
+        _run("tc", "qdisc", "change", "dev", INTERFACE, "root", "tbf", *_shape(bits_per_second))
+
     def _limit(self, namespace: str, interface: str) -> None:
-        rate = f"{round(self.bits_per_second)}bit"
-        shape = ["rate", rate, "burst", str(BURST_BYTES), "latency", f"{QUEUE_SECONDS * 1e3:g}ms"]
+        shape = _shape(self.bits_per_second)
         _run("tc", "-n", namespace, "qdisc", "add", "dev", interface, "root", "tbf", *shape)
 
     def _take_down(self) -> None:
@@ -194,6 +197,12 @@ def _remove_left_behind() -> None:
 
 def _leave(number: int, _frame: FrameType | None) -> None:
     raise SystemExit(128 + number)
+
+
+def _shape(bits_per_second: float) -> list[str]:
+    burst = max(MIN_BURST_BYTES, round(bits_per_second / 8 * BURST_SECONDS))
+    rate = f"{round(bits_per_second)}bit"
+    return ["rate", rate, "burst", str(burst), "latency", f"{QUEUE_SECONDS * 1e3:g}ms"]
 
 
 def _ip(*arguments: str) -> None:

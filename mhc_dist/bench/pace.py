@@ -2,7 +2,7 @@
 
 More ranks than cores share the processors, so real compute of one rank hides another's waiting. With nominal
 times the real compute still takes place (results are real), and then the rank sleeps until the phase's time
-is over. The processors must be fast enough to finish first; `Nominal.late_seconds` says what they were late.
+is over. The processors must be fast enough to finish first; `Nominal.overrun` says how late they were.
 
 Engines with programs are paced action by action (`Nominal.stretch`); engines that know nothing but autograd
 get the same times from inside their graphs (`enter` and `leave` around the layers' phases).
@@ -19,8 +19,10 @@ from typing import Any, Literal, Protocol
 import torch
 from torch import Tensor
 
-from mhc_dist.pipeline.action import Action, ActionKind
+from mhc_dist.bench.overrun import Overrun
+from mhc_dist.pipeline.action import Action
 from mhc_dist.pipeline.cost import CostTable, PhaseCost
+from mhc_dist.pipeline.receives import COMPUTE_KINDS
 
 Key = tuple[int, str]
 """(chunk, phase)"""
@@ -28,7 +30,8 @@ Key = tuple[int, str]
 Half = Literal["both", "input", "none"]
 """What autograd is asked for: both gradients, those of inputs, or those of weights, which `weights` times."""
 
-COMPUTE = (ActionKind.COMPUTE, ActionKind.GRADIENT, ActionKind.WEIGHT, ActionKind.RECOMPUTE)
+LATE = 0.1
+"""A phase counts as late when it lasts longer than its time by this share of it."""
 
 
 class Pace(Protocol):
@@ -76,12 +79,14 @@ class Nominal:
         self.costs, self._clock, self._sleep = costs, clock, sleep
         self._open: dict[Key, _Watch] = {}
         self._half: Half = "both"
-        self.late_seconds = 0.0
+        self.overrun = Overrun()
+        self.running = True
+        """False: phases last as long as they take."""
 
     def stretch(self, action: Action, start: float) -> None:
         """Sleep until `action`, begun at `start`, has lasted its time; for `Executor(stretch=...)`."""
-        if action.kind in COMPUTE:
-            self._until(start + self.costs.seconds(action))
+        if action.kind in COMPUTE_KINDS:
+            self._last(start, self.costs.seconds(action))
 
     def enter(self, key: Key, values: tuple[Any, ...]) -> tuple[Any, ...]:
         places = _differentiable(values)
@@ -93,7 +98,7 @@ class Nominal:
     def leave(self, key: Key, outputs: tuple[Any, ...]) -> tuple[Any, ...]:
         watch = self._open.pop(key)
         outputs = _through(_Leave, watch, outputs, _differentiable(outputs))
-        self._until(watch.start + watch.cost.forward)
+        self._last(watch.start, watch.cost.forward)
         return outputs
 
     @contextmanager
@@ -114,28 +119,30 @@ class Nominal:
         finally:
             self._half = "both"
         seconds = sum(cost.weight_gradient for (of, _), cost in self.costs.phases.items() if of == chunk)
-        self._until(start + seconds)
+        self._last(start, seconds)
 
     def backward_begins(self, watch: _Watch) -> None:
         watch.start = self._clock()
         if not watch.has_entry:  # the chunk's first phase, on tokens: its backward ends the chunk's
-            torch.autograd.Variable._execution_engine.queue_callback(lambda: self.backward_ends(watch))  # type: ignore[attr-defined]
+            torch.autograd.Variable._execution_engine.queue_callback(lambda: self.backward_ends(watch))
 
     def backward_ends(self, watch: _Watch) -> None:
         match self._half:
             case "both":
-                self._until(watch.start + watch.cost.input_gradient + watch.cost.weight_gradient)
+                self._last(watch.start, watch.cost.input_gradient + watch.cost.weight_gradient)
             case "input":
-                self._until(watch.start + watch.cost.input_gradient)
+                self._last(watch.start, watch.cost.input_gradient)
             case "none":
                 pass
 
-    def _until(self, end: float) -> None:
-        left = end - self._clock()
+    def _last(self, start: float, seconds: float) -> None:
+        """What began at `start` ends after `seconds`, or now if it is late."""
+        if not self.running:
+            return
+        left = start + seconds - self._clock()
         if left > 0:
             self._sleep(left)
-        else:
-            self.late_seconds -= left
+        self.overrun += Overrun(seconds, max(0.0, -left), 1, int(-left > LATE * seconds))
 
 
 class _Enter(torch.autograd.Function):
@@ -180,5 +187,5 @@ def _through(
     """`values` with those at `places` passed through `border`."""
     if not places:
         return values
-    passed = iter(border.apply(watch, *(values[i] for i in places)))
+    passed = iter(border.apply(watch, *(values[i] for i in places)))  # type: ignore[no-untyped-call]
     return tuple(next(passed) if i in places else value for i, value in enumerate(values))

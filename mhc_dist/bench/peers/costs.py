@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Literal
+from typing import Protocol
 
 import torch
 import torch.distributed as dist
@@ -12,7 +12,6 @@ from mhc_kernels.seam import make_backend
 
 from mhc_dist.bench.alone import Nobody, random_microbatches
 from mhc_dist.config import RunConfig
-from mhc_dist.config_sections import RecomputeConfig
 from mhc_dist.parallel.emulated_link import EmulatedLink
 from mhc_dist.parallel.expert_exchange import ExpertExchange
 from mhc_dist.parallel.stage import Stage
@@ -29,18 +28,13 @@ from mhc_dist.plan.layout import own_shapes
 from mhc_dist.plan.machine import Machine
 from mhc_dist.plan.run_costs import run_costs
 
-Mode = Literal["none", "mhc"]
-
 LATENCY_SECONDS = 1e-4
-LANE = "link"
+LANE = "link"  # one for everything that leaves a rank
 MICROBATCHES_ALONE = 3
 
-Payloads = dict[tuple[int, str], float]
+Key = tuple[int, str]
+Payloads = dict[Key, float]
 """Bytes that one rank sends in the exchange of (chunk, item) for one microbatch."""
-
-
-def with_recompute(config: RunConfig, mode: Mode) -> RunConfig:
-    return config.model_copy(update={"recompute": RecomputeConfig(mode=mode, block=config.recompute.block)})
 
 
 def machine_of(config: RunConfig) -> Machine:
@@ -84,13 +78,13 @@ def _one_after_the_other(num_chunks: int) -> CoarseSchedule:
 
 def payloads_of(events: Sequence[Event]) -> Payloads:
     """Mean bytes of every exchange, over `events` of all ranks; collective."""
-    own: dict[tuple[int, str], list[int]] = {}
+    own: dict[Key, list[int]] = {}
     for event in events:
         if event.action.kind is ActionKind.ISSUE:
             own.setdefault((event.action.chunk, event.action.item), []).append(event.payload_bytes)
-    gathered: list[dict[tuple[int, str], list[int]]] = [{} for _ in range(dist.get_world_size())]
+    gathered: list[dict[Key, list[int]]] = [{} for _ in range(dist.get_world_size())]
     dist.all_gather_object(gathered, own)
-    together: dict[tuple[int, str], list[int]] = {}
+    together: dict[Key, list[int]] = {}
     for rank_payloads in gathered:
         for key, payloads in rank_payloads.items():
             together.setdefault(key, []).extend(payloads)
@@ -119,14 +113,22 @@ def compute_seconds(costs: CostTable) -> float:
     return sum(c.forward + c.input_gradient + c.weight_gradient for c in costs.phases.values())
 
 
+class SlowLink(Protocol):
+    """What placement and reports need to know of a link."""
+
+    @property
+    def latency_seconds(self) -> float: ...
+    @property
+    def bytes_per_second(self) -> float: ...
+    def seconds(self, payload_bytes: int) -> float: ...
+
+
 def link_for(costs: CostTable, payloads: Payloads, program: Program, ratio: float) -> EmulatedLink:
-    """A link on which all exchanges of a microbatch take `ratio` of its compute time."""
-    issued = [
-        (action.chunk, action.item)
-        for actions in program.actions
-        for action in actions
-        if action.kind is ActionKind.ISSUE and action.microbatch == 0
-    ]
+    """A link on which all exchanges of a microbatch take `ratio` of its compute time.
+
+    Raises ValueError when their latency alone takes longer.
+    """
+    issued = _issued(program)
     seconds = ratio * compute_seconds(costs) - len(issued) * LATENCY_SECONDS
     if seconds <= 0:
         raise ValueError(
@@ -136,7 +138,22 @@ def link_for(costs: CostTable, payloads: Payloads, program: Program, ratio: floa
     return EmulatedLink(LATENCY_SECONDS, sum(payloads[key] for key in issued) / seconds)
 
 
-def on_link(costs: CostTable, payloads: Payloads, link: EmulatedLink, message_bytes: int) -> CostTable:
+def exchanges_seconds(program: Program, payloads: Payloads, link: SlowLink) -> float:
+    """All exchanges of a microbatch, one after the other."""
+    return sum(link.seconds(round(payloads[key])) for key in _issued(program))
+
+
+def _issued(program: Program) -> list[Key]:
+    """Exchanges of one microbatch, both directions."""
+    return [
+        (action.chunk, action.item)
+        for actions in program.actions
+        for action in actions
+        if action.kind is ActionKind.ISSUE and action.microbatch == 0
+    ]
+
+
+def on_link(costs: CostTable, payloads: Payloads, link: SlowLink, message_bytes: int) -> CostTable:
     """`costs` with exchanges and messages as `link` carries them, one after the other."""
     exchanges = {}
     for key, cost in costs.exchanges.items():

@@ -15,8 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from mhc_dist.bench.cell import Cell
 from mhc_dist.bench.pace import Pace
-from mhc_dist.bench.peers.engines import Setting
 from mhc_dist.bench.peers.layers import named_gradients, own_chunks
 
 if not torch.cuda.is_available():
@@ -39,20 +39,21 @@ def _nothing(_engine: Any) -> None:
 class DeepSpeedDualPipeV:
     """An engine of the comparison."""
 
-    def __init__(self, setting: Setting, pace: Pace, *, hide_shared: bool) -> None:
-        self._setting = setting
-        self._chunks = own_chunks(setting, pace, hide_shared=hide_shared)
-        topology = setting.topology
+    def __init__(self, cell: Cell, pace: Pace, *, hide_shared: bool) -> None:
+        self._chunks = own_chunks(cell, pace, hide_shared=hide_shared)
+        topology = cell.topology
         layers: list[nn.Module] = [
-            self._chunks.get(index, nn.Identity()) for index in range(setting.num_chunks)
+            self._chunks.get(index, nn.Identity()) for index in range(2 * topology.pipeline)
         ]
         logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
         # Compiled for a minute at first use, and not needed: it is for reductions on one host.
         compatible_ops["deepspeed_shm_comm"] = False
-        # The world is there already; this only tells DeepSpeed to use it.
+        # The world is there already; this only tells DeepSpeed to use it, and who we are.
+        rank, world_size = str(topology.rank), str(topology.world_size)
+        os.environ.update(RANK=rank, LOCAL_RANK=rank, WORLD_SIZE=world_size)
         deepspeed.init_distributed(dist_backend="gloo", auto_mpi_discovery=False, verbose=False)
-        num_microbatches = len(setting.microbatches)
-        sequences = setting.config.data.sequences_per_microbatch
+        num_microbatches = len(cell.microbatches)
+        sequences = cell.config.data.sequences_per_microbatch
         with contextlib.redirect_stdout(io.StringIO()):
             module = DualPipeVModule(
                 layers=layers,
@@ -74,13 +75,13 @@ class DeepSpeedDualPipeV:
             )
         engine._INSTRUCTION_MAP = {**engine._INSTRUCTION_MAP, **dict.fromkeys(LEFT_OUT, _nothing)}
         engine._aggregate_total_loss = lambda: engine.total_loss  # no exchange of losses between data ranks
-        self._engine = engine
+        self._engine, self._microbatches = engine, cell.microbatches
         # DeepSpeed has given all data ranks the first one's weights, experts included.
         for chunk in self._chunks.values():
-            chunk.initialize(setting.config)
+            chunk.initialize(cell.config)
 
     def step(self) -> list[Tensor]:
-        self._engine.train_batch(iter(self._setting.microbatches))
+        self._engine.train_batch(iter(self._microbatches))
         losses: list[Tensor] = self._engine.fwd_outputs
         return losses
 

@@ -2,19 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Protocol
 
-import torch
-from mhc_kernels.seam import SeamBackend
 from torch import Tensor
 
-from mhc_dist.config import RunConfig
-from mhc_dist.parallel.expert_exchange import ExpertExchange
+from mhc_dist.bench.cell import Cell
 from mhc_dist.parallel.layout import ChunkPlace
-from mhc_dist.parallel.process_groups import ProcessGroups
-from mhc_dist.pipeline.executor import Microbatch
-from mhc_dist.topology import Topology
+from mhc_dist.plan.layout import own_shapes
 
 
 class Engine(Protocol):
@@ -34,33 +28,15 @@ class Engine(Protocol):
     def forget_gradients(self) -> None: ...
 
 
-@dataclass(frozen=True)
-class Setting:
-    """Where and with what an engine runs."""
-
-    config: RunConfig
-    places: tuple[ChunkPlace, ...]
-    topology: Topology
-    groups: ProcessGroups
-    exchange: ExpertExchange
-    backend: SeamBackend
-    microbatches: list[Microbatch]
-
-    @property
-    def chunk_indices(self) -> tuple[int, int]:
-        """The two chunks of this rank in a V."""
-        first = self.topology.pipeline_rank
-        return first, self.num_chunks - 1 - first
-
-    @property
-    def num_chunks(self) -> int:
-        return len(self.places)
-
-    @property
-    def streams_shape(self) -> tuple[int, int, int]:
-        data, model = self.config.data, self.config.model
-        num_tokens = data.sequences_per_microbatch * data.sequence_length
-        return num_tokens, self.config.residual.num_streams, model.hidden_size
+def own_places(cell: Cell) -> tuple[ChunkPlace, ChunkPlace]:
+    """The two chunks of this rank in a V."""
+    places = own_shapes(cell.config).places
+    first = cell.topology.pipeline_rank
+    return places[first], places[-1 - first]
 
 
-CPU = torch.device("cpu")
+def streams_shape(cell: Cell) -> tuple[int, int, int]:
+    """(T, n, C) of one microbatch."""
+    data, model = cell.config.data, cell.config.model
+    num_tokens = data.sequences_per_microbatch * data.sequence_length
+    return num_tokens, cell.config.residual.num_streams, model.hidden_size

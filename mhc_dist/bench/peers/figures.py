@@ -17,11 +17,10 @@ PEERS = (DEEPSPEED, TORCH, DEEPSPEED_SHARED, TORCH_SHARED)
 
 @dataclass(frozen=True)
 class Measured:
-    """One engine: seconds of its steps in order, peak heap of a rank, share of missed nominal time."""
+    """One engine: seconds of its steps in order, and the largest heap of a rank."""
 
     seconds: Sequence[float]
     peak_bytes: int
-    late_share: float
 
 
 def figures_of(measured: Mapping[str, Measured]) -> dict[str, Any]:
@@ -40,7 +39,6 @@ def figures_of(measured: Mapping[str, Measured]) -> dict[str, Any]:
         "speedups": speedups,
         "step_seconds": {name: median(one.seconds) for name, one in measured.items()},
         "peak_bytes": {name: one.peak_bytes for name, one in measured.items()},
-        "late_share": {name: one.late_share for name, one in measured.items()},
         "rounds": len(measured[OURS].seconds),
         "gradients_equal": True,
     }

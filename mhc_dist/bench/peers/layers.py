@@ -5,39 +5,37 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import replace
 
+from mhc_kernels.seam import make_backend
 from torch import Tensor, nn
 
+from mhc_dist.bench.cell import Cell, with_recompute
 from mhc_dist.bench.pace import Pace
 from mhc_dist.bench.peers.differentiable import DifferentiableChunk
-from mhc_dist.bench.peers.engines import Setting
-from mhc_dist.config_sections import RecomputeConfig
+from mhc_dist.bench.peers.engines import own_places
 from mhc_dist.model.language_model import Head
 from mhc_dist.parallel.chunk import ModelChunk
 
 
-def own_chunks(setting: Setting, pace: Pace, *, hide_shared: bool) -> dict[int, DifferentiableChunk]:
+def own_chunks(cell: Cell, pace: Pace, *, hide_shared: bool) -> dict[int, DifferentiableChunk]:
     """This rank's two chunks, by index."""
-    config = setting.config.model_copy(update={"recompute": RecomputeConfig(mode="none")})
+    config = with_recompute(cell.config, "none")
+    backend = make_backend(config.kernels.backend)
     chunks = {}
-    for index in setting.chunk_indices:
+    for place in own_places(cell):
         # Engines compute the loss by themselves, so the last chunk ends with its streams, before the head.
-        place = replace(setting.places[index], is_last=False)
-        chunk = ModelChunk(config, place, setting.backend, setting.exchange, setting.topology.expert_rank)
-        head = Head(config) if setting.places[index].is_last else None
-        chunks[index] = DifferentiableChunk(chunk, head, pace, hide_shared=hide_shared)
-        chunks[index].initialize(config)
+        headless = replace(place, is_last=False)
+        chunk = ModelChunk(config, headless, backend, cell.exchange, cell.topology.expert_rank)
+        head = Head(config) if place.is_last else None
+        chunks[place.index] = DifferentiableChunk(chunk, head, pace, hide_shared=hide_shared)
+        chunks[place.index].initialize(config)
     return chunks
 
 
-def named_parameters(chunks: Iterable[DifferentiableChunk]) -> dict[str, nn.Parameter]:
-    """Parameters under the names they have in the whole model."""
+def named_gradients(chunks: Iterable[DifferentiableChunk]) -> dict[str, Tensor]:
+    """Gradients under the names that parameters have in the whole model."""
     named: dict[str, nn.Parameter] = {}
     for chunk in chunks:
-        named |= chunk.chunk.named_parameters()
+        named |= dict(chunk.chunk.named_parameters())
         if chunk.head is not None:
-            named |= chunk.head.named_parameters(prefix="head")
-    return named
-
-
-def named_gradients(chunks: Iterable[DifferentiableChunk]) -> dict[str, Tensor]:
-    return {name: p.grad for name, p in named_parameters(chunks).items() if p.grad is not None}
+            named |= dict(chunk.head.named_parameters(prefix="head"))
+    return {name: parameter.grad for name, parameter in named.items() if parameter.grad is not None}

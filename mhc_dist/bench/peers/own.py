@@ -5,10 +5,9 @@ from __future__ import annotations
 from torch import Tensor
 
 from mhc_dist.bench.alone import Nobody
+from mhc_dist.bench.cell import Cell, Mode, with_recompute
 from mhc_dist.bench.pace import Nominal, Pace
-from mhc_dist.bench.peers.costs import Mode, with_recompute
-from mhc_dist.bench.peers.engines import CPU, Setting
-from mhc_dist.parallel.stage import Stage
+from mhc_dist.bench.peers.engines import streams_shape
 from mhc_dist.pipeline.action import Program
 from mhc_dist.pipeline.executor import Executor
 from mhc_dist.pipeline.trace import Trace
@@ -18,23 +17,17 @@ from mhc_dist.pipeline.transport import GroupTransport
 class Own:
     """An engine of the comparison."""
 
-    def __init__(self, setting: Setting, pace: Pace, program: Program, mode: Mode) -> None:
-        topology = setting.topology
-        self._stage = Stage(
-            with_recompute(setting.config, mode),
-            [setting.places[index] for index in setting.chunk_indices],
-            setting.backend,
-            setting.exchange,
-            topology.expert_rank,
-            CPU,
-        )
+    def __init__(self, cell: Cell, pace: Pace, program: Program, mode: Mode) -> None:
+        topology = cell.topology
+        self._stage = cell.stage(with_recompute(cell.config, mode), program)
+        parameter = next(self._stage.parameters())
         transport = GroupTransport(
-            setting.groups.channels,
+            cell.groups.channels,
             dict(enumerate(topology.pipeline_group_ranks)),
             topology.rank,
-            setting.streams_shape,
-            next(self._stage.parameters()).dtype,
-            CPU,
+            streams_shape(cell),
+            parameter.dtype,
+            parameter.device,
         )
         self._executor = Executor(
             topology.pipeline_rank,
@@ -42,7 +35,7 @@ class Own:
             transport,
             stretch=pace.stretch if isinstance(pace, Nominal) else None,
         )
-        self._program, self._microbatches, self._nobody = program, setting.microbatches, Nobody()
+        self._program, self._microbatches, self._nobody = program, cell.microbatches, Nobody()
         self.trace = Trace()
 
     def step(self) -> list[Tensor]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -12,27 +11,27 @@ from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
-from mhc_kernels.seam import make_backend
 from torch import Tensor
 
-from mhc_dist.bench.alone import random_microbatches
-from mhc_dist.bench.linked_group import Route, register
+from mhc_dist.bench.cell import Cell, Mode, message_bytes, with_recompute
+from mhc_dist.bench.namespaces import ShapedNetwork
+from mhc_dist.bench.overrun import BOUND, Overrun
 from mhc_dist.bench.pace import Nominal, Pace, RealTime
 from mhc_dist.bench.peak import PeakHeap
 from mhc_dist.bench.peers.costs import (
-    Mode,
     Payloads,
+    SlowLink,
     costs_alone,
     costs_from,
+    exchanges_seconds,
     link_for,
     machine_of,
     on_link,
     payloads_of,
     stretched,
-    with_recompute,
 )
 from mhc_dist.bench.peers.deepspeed_dualpipev import DeepSpeedDualPipeV
-from mhc_dist.bench.peers.engines import Engine, Setting
+from mhc_dist.bench.peers.engines import Engine
 from mhc_dist.bench.peers.figures import (
     DEEPSPEED,
     DEEPSPEED_SHARED,
@@ -46,14 +45,11 @@ from mhc_dist.bench.peers.figures import (
 from mhc_dist.bench.peers.own import Own
 from mhc_dist.bench.peers.torch_dualpipev import TorchDualPipeV
 from mhc_dist.config import RunConfig
-from mhc_dist.parallel.emulated_link import EmulatedLink
-from mhc_dist.parallel.expert_exchange import ExpertExchange
-from mhc_dist.parallel.process_groups import ProcessGroups
+from mhc_dist.pipeline.action import Program
 from mhc_dist.pipeline.cost import CostTable
 from mhc_dist.pipeline.lower import lower
 from mhc_dist.plan.layout import own_shapes, schedule_of
 from mhc_dist.plan.run_costs import placed_program
-from mhc_dist.topology import Topology
 
 MODES: tuple[Mode, Mode] = ("none", "mhc")
 TOLERANCE = 1e-5
@@ -62,13 +58,16 @@ TOLERANCE = 1e-5
 
 @dataclass(frozen=True)
 class Plan:
-    """What to measure. ratio: all-to-all over compute. slow_motion: nominal over measured time of compute."""
+    """What to measure. ratio: all-to-all over compute. slow_motion: nominal over measured time of compute.
 
-    config: RunConfig
+    network: namespaces to run in; None for an emulated link.
+    """
+
     compute: Literal["real", "nominal"]
     ratio: float
     rounds: int
     slow_motion: float
+    network: ShapedNetwork | None = None
 
 
 @dataclass
@@ -81,114 +80,113 @@ class _Turns:
     peak_bytes: int = 0
 
 
-def measure(rank: int, store: str, plan: Plan, result: Path) -> None:
+def measure(rank: int, store: str, config: RunConfig, plan: Plan, result: Path) -> None:
     """One rank. Rank 0 writes its figures to `result`."""
-    torch.set_num_threads(1)
-    config = plan.config
-    world_size = config.num_processes
-    # DeepSpeed insists on them although the world exists already.
-    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world_size))
-    route = Route()
-    dist.init_process_group(register(route), init_method=f"file://{store}", rank=rank, world_size=world_size)
-    setting = _setting(config, rank)
-    costs, payloads = _costs(plan, setting)
-    shapes = own_shapes(with_recompute(config, "none"))
-    plain = lower(schedule_of(config), shapes.chunks)
-    link = link_for(costs["none"], payloads, plain, plan.ratio)
-    route.link = link
-    turns = _engines(plan, setting, costs, payloads, link)
-
+    if plan.network is not None:
+        plan.network.enter(rank)
+    plain = {mode: _plain(config, mode) for mode in MODES}
+    cell = Cell.join(rank, store, config, plain["none"].links)
+    costs, payloads = _costs(plan, cell, plain)
+    link = link_for(costs["none"], payloads, plain["none"], plan.ratio)
+    turns = _engines(plan, cell, costs, payloads, link)
+    # Before anything is slowed down: all engines compute the same, and how much they hold meanwhile.
     _check_equal({name: turn.engine for name, turn in turns.items()})
+    for turn in turns.values():
+        turn.peak_bytes = _peak_bytes(turn.engine)
+
+    if plan.network is None:
+        cell.route.link = link
+    else:
+        plan.network.slow_down(link.bytes_per_second * 8)
+    for turn in turns.values():
+        if isinstance(turn.pace, Nominal):
+            turn.pace.running = True
     order = list(turns)
     for number in range(plan.rounds):
         shift = number % len(order)  # nobody always runs after the same neighbour
         for name in order[shift:] + order[:shift]:
             turns[name].seconds.append(_timed(turns[name].engine))
-    for turn in turns.values():
-        turn.peak_bytes = _peak_bytes(turn.engine)
+
+    overruns = cell.gather({n: t.pace.overrun for n, t in turns.items() if isinstance(t.pace, Nominal)})
+    overrun = {name: sum((of_rank[name] for of_rank in overruns), Overrun()) for name in overruns[0]}
+    sum(overrun.values(), Overrun()).check(BOUND)
     if rank == 0:
-        measured = {
-            name: Measured(turn.seconds, turn.peak_bytes, _late_share(turn, plan))
-            for name, turn in turns.items()
-        }
-        figures = figures_of(measured) | {
+        figures = figures_of({name: Measured(t.seconds, t.peak_bytes) for name, t in turns.items()})
+        figures |= {
             "compute": plan.compute,
+            "link": "emulated" if plan.network is None else "veth, tbf",
             "all_to_all_to_compute_ratio": plan.ratio,
+            "message_to_all_to_all_ratio": _message_share(config, plain["none"], payloads, link),
             "slow_motion": plan.slow_motion if plan.compute == "nominal" else None,
+            "overrun_share": {name: one.share for name, one in overrun.items()},
             "link_bytes_per_second": link.bytes_per_second,
             "link_latency_seconds": link.latency_seconds,
-            "ranks": world_size,
             "pipeline": config.parallel.pipeline,
             "expert": config.parallel.expert,
             "num_microbatches": config.schedule.num_microbatches,
         }
         result.write_text(json.dumps(figures))
-    dist.barrier()
-    dist.destroy_process_group()
+    cell.leave()
 
 
-def _setting(config: RunConfig, rank: int) -> Setting:
-    topology = Topology(config.parallel.pipeline, config.parallel.data, config.parallel.expert, rank)
-    groups = ProcessGroups.build(topology, config.train.timeout_seconds)
-    exchange = ExpertExchange(
-        config.model.num_experts, topology.expert, groups.expert_forward, groups.expert_backward
-    )
-    # Work makes figures, not text: random tokens spread over the experts as an untrained router sends them.
-    microbatches = random_microbatches(config, seed=topology.data_rank)
-    places = own_shapes(config).places
-    return Setting(
-        config, places, topology, groups, exchange, make_backend(config.kernels.backend), microbatches
-    )
+def _plain(config: RunConfig, mode: Mode) -> Program:
+    return lower(schedule_of(config), own_shapes(with_recompute(config, mode)).chunks)
 
 
-def _costs(plan: Plan, setting: Setting) -> tuple[dict[Mode, CostTable], Payloads]:
+def _message_share(config: RunConfig, program: Program, payloads: Payloads, link: SlowLink) -> float:
+    """Time of all messages between pipeline ranks over time of all exchanges."""
+    num_messages = len([a for actions in program.actions for a in actions if a.kind.value == "send"])
+    per_microbatch = num_messages / program.num_microbatches
+    return per_microbatch * link.seconds(message_bytes(config)) / exchanges_seconds(program, payloads, link)
+
+
+def _costs(plan: Plan, cell: Cell, plain: Mapping[Mode, Program]) -> tuple[dict[Mode, CostTable], Payloads]:
     """Compute per recompute mode, equal on all ranks, and what exchanges carry."""
     events = {}
     for mode in MODES:
-        config = with_recompute(setting.config, mode)
-        program = lower(schedule_of(config), own_shapes(config).chunks)
-        warm = Own(setting, RealTime(), program, mode)
+        warm = Own(cell, RealTime(), plain[mode], mode)
         warm.step()
         warm.step()
         events[mode] = warm.trace.events
-    box: list[Any] = [None]
-    if setting.topology.rank == 0:
-        box[0] = {}
+    costs: dict[Mode, CostTable] = {}
+    if cell.topology.rank == 0:
         for mode in MODES:
-            config = with_recompute(setting.config, mode)
+            config = with_recompute(cell.config, mode)
             if plan.compute == "real":
-                box[0][mode] = costs_from(config, events[mode])
+                costs[mode] = costs_from(config, events[mode])
             else:
-                box[0][mode] = stretched(costs_alone(config), plan.slow_motion)
-    dist.broadcast_object_list(box)
-    return box[0], payloads_of(events["none"])
+                costs[mode] = stretched(costs_alone(config), plan.slow_motion)
+    return cell.from_rank_0(costs), payloads_of(events["none"])
 
 
 def _engines(
-    plan: Plan, setting: Setting, costs: Mapping[Mode, CostTable], payloads: Payloads, link: EmulatedLink
+    plan: Plan, cell: Cell, costs: Mapping[Mode, CostTable], payloads: Payloads, link: SlowLink
 ) -> dict[str, _Turns]:
-    def pace(mode: Mode = "none") -> Pace:
-        return Nominal(costs[mode]) if plan.compute == "nominal" else RealTime()
+    def make_pace(mode: Mode = "none") -> Pace:
+        if plan.compute == "real":
+            return RealTime()
+        pace = Nominal(costs[mode])
+        pace.running = False
+        return pace
 
-    tokens, streams, width = setting.streams_shape
-    value_bytes = 4 if setting.config.train.precision == "fp32" else 2
     turns: dict[str, _Turns] = {}
-    for name, mode in ((OURS, "none"), (OURS_MHC, "mhc")):
-        config = with_recompute(setting.config, mode)
-        table = on_link(costs[mode], payloads, link, tokens * streams * width * value_bytes)
+    ours: tuple[tuple[str, Mode], ...] = ((OURS, "none"), (OURS_MHC, "mhc"))
+    for name, mode in ours:
+        config = with_recompute(cell.config, mode)
+        table = on_link(costs[mode], payloads, link, message_bytes(config))
         program = placed_program(config, machine_of(config), costs=table)
-        own_pace = pace(mode)
-        turns[name] = _Turns(Own(setting, own_pace, program, mode), own_pace)
-    for name, build, hide_shared in (
+        pace = make_pace(mode)
+        turns[name] = _Turns(Own(cell, pace, program, mode), pace)
+    peers: tuple[tuple[str, Any, bool], ...] = (
         (DEEPSPEED, DeepSpeedDualPipeV, False),
         (TORCH, TorchDualPipeV, False),
         (DEEPSPEED_SHARED, DeepSpeedDualPipeV, True),
         (TORCH_SHARED, TorchDualPipeV, True),
-    ):
-        if hide_shared and not setting.config.model.num_shared_experts:
-            continue
-        own_pace = pace()
-        turns[name] = _Turns(build(setting, own_pace, hide_shared=hide_shared), own_pace)
+    )
+    for name, build, hide_shared in peers:
+        if not hide_shared or cell.config.model.num_shared_experts:
+            pace = make_pace()
+            turns[name] = _Turns(build(cell, pace, hide_shared=hide_shared), pace)
     return turns
 
 
@@ -217,46 +215,38 @@ def _peak_bytes(engine: Engine) -> int:
 def _check_equal(engines: Mapping[str, Engine]) -> None:
     """Run every engine once; all losses and gradients must be those of the first.
 
-    Raises RuntimeError that names the engine and the parameter. Collective: a rank that finds a difference
-    ends the others too.
+    Raises RuntimeError that names the engine and what differs.
     """
-    want: tuple[list[Tensor], dict[str, Tensor]] | None = None
-    for name, engine in engines.items():
+    (first, reference), *others = engines.items()
+    reference.forget_gradients()
+    want_losses = [loss.detach() for loss in reference.step()]
+    want = {name: gradient.clone() for name, gradient in reference.gradients().items()}
+    for name, engine in others:
         engine.forget_gradients()
         losses = [loss.detach() for loss in engine.step()]
-        gradients = engine.gradients()
-        if want is None:
-            want = losses, {key: gradient.clone() for key, gradient in gradients.items()}
-            continue
-        if gradients.keys() != want[1].keys():
-            raise RuntimeError(f"{name} has other gradients: {sorted(gradients.keys() ^ want[1].keys())}")
-        worst = max(_differences(losses, want[0], gradients, want[1]), key=lambda found: found[1])
-        if not worst[1] <= TOLERANCE:
+        got = engine.gradients()
+        if len(losses) != len(want_losses) or got.keys() != want.keys():
             raise RuntimeError(
-                f"{name} computes another {worst[0]} than {next(iter(engines))}: they differ by {worst[1]:.2g}"
-                f" of its largest value, more than {TOLERANCE:g}, so times say nothing."
+                f"{name} has other losses or gradients than {first}: {len(losses)} and {len(want_losses)}"
+                f" losses, gradients of one alone: {sorted(got.keys() ^ want.keys())}"
+            )
+        worst, difference = max(_differences(losses, want_losses, got, want), key=lambda found: found[1])
+        if not difference <= TOLERANCE:
+            raise RuntimeError(
+                f"{name} computes another {worst} than {first}: they differ by {difference:.2g} of its"
+                f" largest value, more than {TOLERANCE:g}, so times say nothing."
             )
 
 
 def _differences(
     losses: Sequence[Tensor],
     want_losses: Sequence[Tensor],
-    gradients: Mapping[str, Tensor],
-    want_gradients: Mapping[str, Tensor],
+    got: Mapping[str, Tensor],
+    want: Mapping[str, Tensor],
 ) -> list[tuple[str, float]]:
-    assert len(losses) == len(want_losses), (len(losses), len(want_losses))
     pairs = [
-        (f"loss of microbatch {i}", a, b) for i, (a, b) in enumerate(zip(losses, want_losses, strict=True))
+        (f"loss of microbatch {number}", a, b)
+        for number, (a, b) in enumerate(zip(losses, want_losses, strict=True))
     ]
-    pairs += [(f"gradient of {key}", gradient, want_gradients[key]) for key, gradient in gradients.items()]
-    return [
-        (name, float((got - want).abs().max() / want.abs().max().clamp_min(1e-30)))
-        for name, got, want in pairs
-    ]
-
-
-def _late_share(turn: _Turns, plan: Plan) -> float:
-    """Share of the measured time by which the processor missed nominal times."""
-    if not isinstance(turn.pace, Nominal):
-        return 0.0
-    return turn.pace.late_seconds / (sum(turn.seconds) + 1e-30)
+    pairs += [(f"gradient of {name}", gradient, want[name]) for name, gradient in got.items()]
+    return [(name, float((a - b).abs().max() / b.abs().max().clamp_min(1e-30))) for name, a, b in pairs]

@@ -11,11 +11,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.distributed.pipelining import PipelineStage, ScheduleDualPipeV  # type: ignore[attr-defined]
+from torch.distributed.pipelining import PipelineStage, ScheduleDualPipeV
 
+from mhc_dist.bench.cell import CPU, Cell
 from mhc_dist.bench.pace import Nominal, Pace
-from mhc_dist.bench.peers.differentiable import DifferentiableChunk
-from mhc_dist.bench.peers.engines import CPU, Setting
+from mhc_dist.bench.peers.engines import streams_shape
 from mhc_dist.bench.peers.layers import named_gradients, own_chunks
 from mhc_dist.parallel.process_groups import create_group
 
@@ -45,30 +45,30 @@ class _PacedStage(PipelineStage):
 class TorchDualPipeV:
     """An engine of the comparison."""
 
-    def __init__(self, setting: Setting, pace: Pace, *, hide_shared: bool) -> None:
-        self._chunks = own_chunks(setting, pace, hide_shared=hide_shared)
-        self._setting = setting
-        topology = setting.topology
+    def __init__(self, cell: Cell, pace: Pace, *, hide_shared: bool) -> None:
+        self._chunks = own_chunks(cell, pace, hide_shared=hide_shared)
+        topology = cell.topology
         columns = [topology.at(rank).pipeline_group_ranks for rank in range(topology.data)]
-        group = create_group(columns, topology.rank, setting.config.train.timeout_seconds)
-        stages = [self._stage(index, chunk, pace, group) for index, chunk in self._chunks.items()]
+        group = create_group(columns, topology.rank, cell.config.train.timeout_seconds)
+        streams = torch.empty(streams_shape(cell), requires_grad=True)
+        stages: list[Any] = []
+        for index, chunk in self._chunks.items():
+            place = (chunk, index, 2 * topology.pipeline, CPU)
+            start = cell.microbatches[0].tokens if index == 0 else streams
+            shapes: dict[str, Any] = {"input_args": (start,), "output_args": (streams,), "group": group}
+            if isinstance(pace, Nominal):
+                stages.append(_PacedStage(pace, *place, **shapes))
+            else:
+                stages.append(PipelineStage(*place, **shapes))
         last = self._chunks[max(self._chunks)]
-        self._schedule = ScheduleDualPipeV(stages, len(setting.microbatches), loss_fn=last.loss)
-        self._tokens = torch.cat([microbatch.tokens for microbatch in setting.microbatches])
-        self._targets = torch.cat([microbatch.targets for microbatch in setting.microbatches])
-
-    def _stage(self, index: int, chunk: DifferentiableChunk, pace: Pace, group: Any) -> PipelineStage:
-        streams = torch.empty(self._setting.streams_shape, requires_grad=True)
-        tokens = self._setting.microbatches[0].tokens
-        place = (chunk, index, self._setting.num_chunks, CPU)
-        shapes = {"input_args": (tokens if index == 0 else streams,), "output_args": (streams,)}
-        if isinstance(pace, Nominal):
-            return _PacedStage(pace, *place, **shapes, group=group)
-        return PipelineStage(*place, **shapes, group=group)
+        self._schedule = ScheduleDualPipeV(stages, len(cell.microbatches), loss_fn=last.loss)
+        self._feeds = topology.pipeline_rank == 0
+        self._tokens = torch.cat([microbatch.tokens for microbatch in cell.microbatches])
+        self._targets = torch.cat([microbatch.targets for microbatch in cell.microbatches])
 
     def step(self) -> list[Tensor]:
         losses: list[Tensor] = []
-        if self._setting.topology.pipeline_rank == 0:
+        if self._feeds:
             self._schedule.step(self._tokens, target=self._targets, losses=losses, return_outputs=False)
         else:
             self._schedule.step(return_outputs=False)
