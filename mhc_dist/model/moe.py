@@ -48,7 +48,7 @@ class Router(nn.Module):
         # Sigmoids can all underflow to 0 on extreme logits; the floor keeps the quotient finite.
         weight_TK = picked_TK / picked_TK.sum(-1, keepdim=True).clamp_min(1e-20) * self.gate_scale
         if torch.is_grad_enabled():  # evaluation does not count towards the training load
-            self.load_E += torch.bincount(expert_TK.flatten(), minlength=self.load_E.numel())
+            self.load_E += count_rows(expert_TK.flatten(), self.load_E.numel())
         return Routing(expert_TK, weight_TK)
 
     @torch.no_grad()
@@ -119,13 +119,18 @@ class RowPlan(NamedTuple):
     count_E: Tensor
 
 
+def count_rows(expert_R: Tensor, num_experts: int) -> Tensor:
+    """Rows of each expert, (E,) int64. torch.bincount would make the host wait for the largest value."""
+    return expert_R.new_zeros(num_experts).scatter_add_(0, expert_R, torch.ones_like(expert_R))
+
+
 def plan_rows(expert_TK: Tensor, num_experts: int) -> RowPlan:
     """Sort the T * K slots by expert, stably, so that equal routings give equal orders everywhere."""
     flat = expert_TK.flatten()
     slot_R = torch.argsort(flat, stable=True)
     row_TK = torch.empty_like(slot_R)
     row_TK[slot_R] = torch.arange(slot_R.numel(), device=flat.device)
-    return RowPlan(slot_R, row_TK.view_as(expert_TK), torch.bincount(flat, minlength=num_experts))
+    return RowPlan(slot_R, row_TK.view_as(expert_TK), count_rows(flat, num_experts))
 
 
 class _Permute(torch.autograd.Function):
