@@ -78,7 +78,7 @@ def inspect(path: Path) -> Inspection:
 
 def table(found: Inspection) -> str:
     """For people, a fact a line."""
-    lines = [f"{name:<12}{value}" for name, value in _facts(found)]
+    lines = [f"{name:<15}{value}" for name, value in _facts(found)]
     return "\n".join([str(found.folder), *(f"  {line}" for line in lines)])
 
 
