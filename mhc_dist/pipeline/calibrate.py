@@ -19,6 +19,15 @@ BLOCKED_SHARE = 0.05
 """A wait at least this long, in terms of the flight, shows when the flight landed; a shorter one only that it
 had landed before."""
 
+THREAD_KINDS = (
+    ActionKind.ISSUE,
+    ActionKind.SEND,
+    ActionKind.RECV,
+    ActionKind.HAND_OVER,
+    ActionKind.FREE,
+)
+"""They take time of the rank's own thread and never wait."""
+
 Key = tuple[int, str]
 
 
@@ -37,6 +46,7 @@ def calibrate(costs: CostTable, events: Sequence[TraceEvent]) -> CostTable:
         message=_message(costs, done),
         reduce_seconds=_median_of(done, ActionKind.REDUCE, costs.reduce_seconds),
         step_seconds=_median_of(done, ActionKind.STEP, costs.step_seconds),
+        overheads=dict(costs.overheads) | _overheads(done),
     )
 
 
@@ -132,6 +142,26 @@ def _exchanges(costs: CostTable, events: Sequence[TraceEvent]) -> dict[Key, Exch
         )
         for key, cost in costs.exchanges.items()
     }
+
+
+def _overheads(events: Sequence[TraceEvent]) -> dict[ActionKind, float]:
+    """What actions that only start, end or hand on something take by themselves; of waits, those that found
+    everything there.
+    """
+    seen: dict[ActionKind, list[float]] = defaultdict(list)
+    issued: dict[tuple[int, int, int, str, Pass | None], float] = {}
+    for event in sorted(events, key=lambda e: (e.rank, e.start, e.end)):
+        action = event.action
+        name = (event.rank, action.chunk, action.microbatch, action.item, action.direction)
+        if action.kind in THREAD_KINDS:
+            seen[action.kind].append(_seconds(event))
+        if action.kind is ActionKind.ISSUE:
+            issued[name] = event.start
+        elif action.kind is ActionKind.WAIT and name in issued:
+            flight = event.end - issued.pop(name)
+            if _seconds(event) <= BLOCKED_SHARE * flight:
+                seen[action.kind].append(_seconds(event))
+    return {kind: median(seconds) for kind, seconds in seen.items()}
 
 
 def _message(costs: CostTable, events: Sequence[TraceEvent]) -> MessageCost:

@@ -130,21 +130,25 @@ class Simulation:
         action = rank.actions[rank.position]
         start = rank.now
         blocked = starved = 0.0
+        overhead = self._costs.overheads.get(action.kind, 0.0)
         rank.hold(start, bytes_at_start(action, self._costs))
         match action.kind:
             case ActionKind.ISSUE:
+                rank.now += overhead
                 self._issue(rank, action)
             case ActionKind.WAIT:
                 landing = rank.landing.pop(_exchange_key(action))
                 blocked = max(0.0, landing - start)
-                rank.now = start + blocked
+                rank.now = start + blocked + overhead
             case ActionKind.SEND:
+                rank.now += overhead
                 message = message_of(action)
-                self._sent[message] = (start, index, action)
+                self._sent[message] = (rank.now, index, action)
                 self._match(message)
             case ActionKind.RECV:
+                rank.now += overhead
                 message = message_of(action)
-                self._posted[message] = start
+                self._posted[message] = rank.now
                 self._match(message)
             case ActionKind.ARRIVE:
                 message = message_of(action)
@@ -156,8 +160,9 @@ class Simulation:
                 rank.now = max(start, landing)
                 starved = max(0.0, min(sent, rank.now) - start)
                 blocked = rank.now - start - starved
+                rank.now += overhead
             case _:
-                rank.now = start + self._costs.seconds(action)
+                rank.now = start + self._costs.seconds(action) + overhead
         rank.hold(rank.now, -bytes_at_end(action, self._costs, training=self._program.training))
         rank.timeline.actions.append(SimulatedAction(action, start, rank.now, blocked, starved))
         rank.position += 1
