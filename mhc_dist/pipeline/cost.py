@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, replace
 
 from mhc_dist.pipeline.action import Action, ActionKind, Pass
 
@@ -68,8 +68,7 @@ class CostTable:
     """Costs of every action of a program. Keys of phases and exchanges are (chunk, item name).
 
     static_bytes[r]: parameters, gradients and optimizer state of rank r. reduce_seconds and step_seconds are
-    what is left exposed at the end of a step. overheads: what actions other than phases cost the rank's
-    thread by themselves, such as starting an exchange; nothing unless a run was measured.
+    what is left exposed at the end of a step.
     """
 
     phases: Mapping[tuple[int, str], PhaseCost]
@@ -78,7 +77,6 @@ class CostTable:
     reduce_seconds: float = 0.0
     step_seconds: float = 0.0
     static_bytes: tuple[int, ...] = ()
-    overheads: Mapping[ActionKind, float] = field(default_factory=dict)
 
     def seconds(self, action: Action) -> float:
         """How long `action` keeps its rank's compute busy; communication and bookkeeping take none."""
@@ -109,6 +107,15 @@ class CostTable:
 
     def lane(self, action: Action) -> str:
         return self.exchanges[action.chunk, action.item].lane
+
+
+def with_slower_wires(costs: CostTable, factor: float) -> CostTable:
+    """`costs` with exchanges that take `factor` times as long."""
+    exchanges = {
+        key: replace(cost, forward=factor * cost.forward, backward=factor * cost.backward)
+        for key, cost in costs.exchanges.items()
+    }
+    return replace(costs, exchanges=exchanges)
 
 
 def bytes_at_start(action: Action, costs: CostTable) -> int:

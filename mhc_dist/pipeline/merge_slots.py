@@ -7,54 +7,98 @@ their windows if the second one's input is already there when the first one star
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 from mhc_dist.pipeline.action import ActionKind, Pass, Program
 from mhc_dist.pipeline.clock import Message, message_of
 from mhc_dist.pipeline.schedules.coarse import Op, OpKind
 from mhc_dist.pipeline.simulate import Simulation
 
-Group = tuple[Op, ...]
-"""Passes of one rank that run side by side."""
-
 TOLERANCE = 1e-9
 
 
-def merge_slots(
-    groups: Sequence[Sequence[Group]], program: Program, simulation: Simulation
-) -> list[list[Group]]:
-    """`groups` with neighbours joined where the run of `program` shows that nobody has to wait for it.
+@dataclass(frozen=True, slots=True)
+class Group:
+    """Passes of one rank that run side by side. ordered: a later one only fills gaps of an earlier one."""
 
-    Safe: in that run every input of a joined group was sent before the group started, by a group that
-    started earlier. So the times of that run order the joined groups without a circle.
+    ops: tuple[Op, ...]
+    ordered: bool = False
+
+    @property
+    def first(self) -> Op:
+        return self.ops[0]
+
+    @property
+    def is_weights(self) -> bool:
+        return self.first.kind is OpKind.W
+
+
+def merge_slots(
+    groups: Sequence[Sequence[Group]], program: Program, simulation: Simulation, *, ordered: bool
+) -> list[list[Group]]:
+    """`groups` with neighbours joined where the run of `program` shows that nobody has to wait for it: in
+    pairs, or in ordered chains of forwards and of input gradients.
+
+    Safe: in that run every input of a joined pass was sent before the pass in front of it started. So the
+    times of that run order the joined groups without a circle.
     """
     times = _Times(program, simulation)
-    return [_merge_rank(own, times) for own in groups]
+    merge_rank = _chain_rank if ordered else _pair_rank
+    return [merge_rank(own, times) for own in groups]
 
 
-def _merge_rank(groups: Sequence[Group], times: _Times) -> list[Group]:
+def _pair_rank(groups: Sequence[Group], times: _Times) -> list[Group]:
     result: list[Group] = []
     position = 0
     while position < len(groups):
         group = groups[position]
         partner = _partner(groups, position)
-        if partner is None or not _may_join(group[0], groups[partner][0], times):
+        if partner is None or not _may_join(group.first, groups[partner].first, times):
             result.append(group)
             position += 1
             continue
-        result.append((group[0], groups[partner][0]))
+        result.append(Group((group.first, groups[partner].first)))
         result += groups[position + 1 : partner]
         position = partner + 1
     return result
 
 
+def _chain_rank(groups: Sequence[Group], times: _Times) -> list[Group]:
+    """Weight halves in between move behind the chain, whose gaps they may fill."""
+    result: list[Group] = []
+    position = 0
+    while position < len(groups):
+        group = groups[position]
+        chain = [group.first]
+        weights: list[Group] = []
+        partner = _partner(groups, position) if group.first.kind in _CHAINED else None
+        while (
+            partner is not None
+            and groups[partner].first.kind in _CHAINED
+            and _may_join(chain[-1], groups[partner].first, times)
+        ):
+            weights += groups[position + 1 : partner]
+            chain.append(groups[partner].first)
+            position = partner
+            partner = _partner(groups, position)
+        result.append(Group(tuple(chain), ordered=True) if len(chain) > 1 else group)
+        result += weights
+        position += 1
+    return result
+
+
+_CHAINED = (OpKind.F, OpKind.I)
+"""Passes that leave no weight gradients to be run before their group ends."""
+
+
 def _partner(groups: Sequence[Group], position: int) -> int | None:
     """The next single pass after a single pass; weight halves in between may wait for it."""
-    if len(groups[position]) != 1 or groups[position][0].kind is OpKind.W:
+    if len(groups[position].ops) != 1 or groups[position].is_weights:
         return None
     for other in range(position + 1, len(groups)):
-        if len(groups[other]) != 1:
+        if len(groups[other].ops) != 1:
             return None
-        if groups[other][0].kind is not OpKind.W:
+        if not groups[other].is_weights:
             return other
     return None
 

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from itertools import chain
 
 from mhc_dist.pipeline.action import Action, ActionKind, ChunkShape, Layout, Pass, Program
-from mhc_dist.pipeline.cost import CostTable, bytes_at_end, bytes_at_start
+from mhc_dist.pipeline.cost import CostTable, bytes_at_end, bytes_at_start, with_slower_wires
 from mhc_dist.pipeline.flow import ChunkFlow
 from mhc_dist.pipeline.lower import END_OF_STEP, ops_of
 from mhc_dist.pipeline.lower_pass import boundary
@@ -26,6 +26,15 @@ from mhc_dist.pipeline.schedules.coarse import CoarseSchedule, Op, OpKind
 from mhc_dist.pipeline.simulate import Simulation
 
 TICKS_PER_SECOND = 1_000_000_000
+
+WIRE_MARGIN = 1.35
+"""In a pair with weight gradients to fill gaps with, exchanges are placed as if they took this much longer. A
+late peer or a busy link then still finds work to hide behind, at no cost on a link as fast as told (README).
+"""
+
+TIE = 0.005
+"""Programs this close in time are alike, costs being no better known: the one that waits least for exchanges
+depends on them least."""
 
 RECEIVE_BUFFERS = 4
 """Posted receives that a memory budget leaves room for: two directions, each one in use and one ahead."""
@@ -68,24 +77,30 @@ def place_and_simulate(
     placement = placement or Placement()
     layout = Layout(schedule.chunk_rank, schedule.num_microbatches, schedule.num_copies)
     placer = _Placer(chunks, layout, costs, placement)
-    groups = [[ops_of(slot) for slot in slots] for slots in schedule.ranks]
+    groups = [[Group(ops_of(slot)) for slot in slots] for slots in schedule.ranks]
     program = _assemble(schedule, chunks, costs, placer, groups)
     simulation = Simulation(program, costs)
     if not placement.merge_slots or not placer.has_exchanges:
         return program, simulation
-    joined = merge_slots(groups, program, simulation)
-    if joined == groups:
-        return program, simulation
-    other = _assemble(schedule, chunks, costs, placer, joined)
-    runs = ((program, simulation), (other, Simulation(other, costs)))
-    return min(runs, key=lambda run: _merit(run[1], placement))
+    runs = [(program, simulation)]
+    for ordered in (False, True):
+        joined = merge_slots(groups, program, simulation, ordered=ordered)
+        if joined != groups:
+            other = _assemble(schedule, chunks, costs, placer, joined)
+            runs.append((other, Simulation(other, costs)))
+    return _best(runs, placement)
 
 
-def _merit(simulation: Simulation, placement: Placement) -> tuple[bool, float]:
-    """Programs within memory first, then the faster one; the plainer one among equals."""
-    peak = max(rank.peak_bytes for rank in simulation.ranks)
-    too_big = placement.memory_budget is not None and peak > placement.memory_budget
-    return (too_big, simulation.makespan)
+def _best(runs: Sequence[tuple[Program, Simulation]], placement: Placement) -> tuple[Program, Simulation]:
+    """Of those within memory (of all, if none is) the fastest; of equals (TIE) the one that waits least."""
+    budget = placement.memory_budget
+    fitting = [
+        run for run in runs if budget is None or max(rank.peak_bytes for rank in run[1].ranks) <= budget
+    ]
+    candidates = fitting or runs
+    fastest = min(simulation.makespan for _, simulation in candidates)
+    alike = [run for run in candidates if run[1].makespan <= (1 + TIE) * fastest]
+    return min(alike, key=lambda run: sum(rank.blocked(ActionKind.WAIT) for rank in run[1].ranks))
 
 
 def _assemble(
@@ -136,6 +151,7 @@ class _Placer:
         self._layout = layout
         self._costs = costs
         self._placement = placement
+        self._cautious = with_slower_wires(costs, WIRE_MARGIN)
         flows = [ChunkFlow(shape) for shape in chunks]
         self._forward = [forward_graph(flow) for flow in flows]
         self._backward = [backward_graph(flow) for flow in flows]
@@ -156,16 +172,16 @@ class _Placer:
     def place_rank(self, rank: int, groups: Sequence[Group]) -> list[Action]:
         """All actions of one rank, without receives, FREE, REDUCE and STEP."""
         state = _RankState(self._costs.static_bytes[rank] if self._costs.static_bytes else 0)
-        upcoming = deque(op for ops in groups for op in ops if op.kind in (OpKind.B, OpKind.I))
-        for ops in groups:
-            if ops[0].kind is OpKind.W:
-                self._finish_weights(state, ops[0])
+        upcoming = deque(op for group in groups for op in group.ops if op.kind in (OpKind.B, OpKind.I))
+        for group in groups:
+            if group.is_weights:
+                self._finish_weights(state, group.first)
                 continue
-            for op in ops:
+            for op in group.ops:
                 if op.kind in (OpKind.B, OpKind.I):
                     upcoming.remove(op)
             next_backward = upcoming[0] if upcoming else None
-            self._place_slot(state, ops, next_backward)
+            self._place_slot(state, group, next_backward)
         return state.actions
 
     def _unit(self, state: _RankState, op: Op) -> Unit:
@@ -182,7 +198,8 @@ class _Placer:
         keeps = not deferred and self._placement.split_weights and self._has_exchange[op.chunk]
         return Unit(op.chunk, graph, True, deferred or keeps, keeps, finished)
 
-    def _place_slot(self, state: _RankState, ops: tuple[Op, ...], next_backward: Op | None) -> None:
+    def _place_slot(self, state: _RankState, group: Group, next_backward: Op | None) -> None:
+        ops = group.ops
         units = tuple(self._unit(state, op) for op in ops)
         prefetch = self._prefetch(state, next_backward)
         put_off = list(state.put_off)
@@ -198,10 +215,16 @@ class _Placer:
             tuple((u.chunk, u.is_backward, u.split_weights, u.keeps_weights, u.finished) for u in units),
             tuple(map(tuple, queues)),
             headroom,
+            group.ordered,
         )
         if key not in self._slots:
             late = not self._placement.prefetch_recompute
-            self._slots[key] = SlotScheduler(units, queues, self._costs, headroom, late_recompute=late).run()
+            whole_pair = not group.ordered and len(units) == 2 and any(u.keeps_weights for u in units)
+            costs = self._cautious if whole_pair else self._costs
+            scheduler = SlotScheduler(
+                units, queues, costs, headroom, late_recompute=late, ordered=group.ordered
+            )
+            self._slots[key] = scheduler.run()
         taken = [0, 0]
         for step in self._slots[key]:
             if step.source < len(ops):
@@ -217,12 +240,15 @@ class _Placer:
                 state.recomputed.setdefault((filler.chunk, microbatch), set()).add(filler.item)
             taken[queue] += 1
             self._append(state, Action(filler.kind, filler.chunk, microbatch, filler.item))
-        for op, unit in zip(ops, units, strict=True):
+        weights_done = {(s.source, s.item) for s in self._slots[key] if s.kind is ActionKind.WEIGHT}
+        for unit_index, (op, unit) in enumerate(zip(ops, units, strict=True)):
             if op.kind is OpKind.I:
                 state.put_off.extend(
                     (Filler(ActionKind.WEIGHT, op.chunk, node.item), op.microbatch)
                     for node in unit.graph.nodes
-                    if node.kind is ActionKind.GRADIENT and node.has_weights
+                    if node.kind is ActionKind.GRADIENT
+                    and node.has_weights
+                    and (unit_index, node.item) not in weights_done
                 )
             if op.kind is OpKind.F:
                 state.forwarded.add((op.chunk, op.microbatch))
@@ -283,7 +309,7 @@ class _Placer:
 
     def _append(self, state: _RankState, action: Action) -> None:
         state.actions.append(action)
-        if action.kind in COMPUTE_KINDS:
+        if action.kind is not ActionKind.ARRIVE:  # receive buffers are set aside (RECEIVE_BUFFERS)
             state.live += bytes_at_start(action, self._costs) - bytes_at_end(action, self._costs)
 
     def _finish_weights(self, state: _RankState, op: Op) -> None:

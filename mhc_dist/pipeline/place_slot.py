@@ -58,11 +58,20 @@ class Step:
     defer_weights: bool = False
 
 
+OVERSHOOT = 0.1
+"""In an ordered slot a later pass may delay an earlier one by this share of the phase it runs in its gap."""
+
+NUM_OPEN = 2
+"""Passes of an ordered slot that are under way at the same time."""
+
+
 @dataclass
 class SlotScheduler:
     """Builds the steps of one slot. Times start at 0; `headroom` is memory left at the start, None if ample.
 
-    queues: fillers, each queue to be taken from its front; earlier queues are preferred.
+    queues: fillers, each queue to be taken from its front; earlier queues are preferred. The weight gradients
+    that this slot's own passes put off come after those of the first queue, and are left over if no gap takes
+    them. ordered: units finish one after the other, and a later one only fills the gaps of the first.
     """
 
     units: Sequence[Unit]
@@ -70,6 +79,7 @@ class SlotScheduler:
     costs: CostTable
     headroom: int | None
     late_recompute: bool = False
+    ordered: bool = False
     steps: list[Step] = field(default_factory=list)
 
     def run(self) -> list[Step]:
@@ -82,6 +92,8 @@ class SlotScheduler:
         self._left: list[bool] = [False for _ in self.units]
         self._arrived: list[bool] = [False for _ in self.units]
         self._weights: list[tuple[int, str]] = []
+        self._own_put_off: list[tuple[int, str]] = []
+        self._complete = [False for _ in self.units]
         self._taken = [0 for _ in self.queues]
         self._tails = [tails(unit.graph, partial(self._node_seconds, unit)) for unit in self.units]
         self._issue_ready()
@@ -112,8 +124,18 @@ class SlotScheduler:
     def _best_candidate(self) -> tuple[float, int, int] | None:
         """The node that can start first; among equals the most urgent. Respects memory if possible."""
         best: tuple[tuple[bool, float, float, int, int], float] | None = None
+        opened = 0
+        limit = inf
         for u, unit in enumerate(self.units):
             done, flying = self._done[u], self._flying[u]
+            if self.ordered:
+                if self._complete[u]:
+                    continue
+                if opened == NUM_OPEN:
+                    break
+                if opened and best is not None:
+                    limit = best[1]
+                opened += 1
             for position, node in enumerate(unit.graph.nodes):
                 if position in done or position in flying:
                     continue
@@ -131,6 +153,10 @@ class SlotScheduler:
                     wasted = node.kind is ActionKind.RECOMPUTE and not any(self._flying)
                     if wasted and len(self.units) > 1:
                         start += 2 * TINY_SECONDS
+                    if limit < inf:
+                        seconds = self._node_seconds(unit, node)
+                        if start + (1 - OVERSHOOT) * seconds > limit + 3 * TINY_SECONDS:
+                            continue
                     too_big = not self._fits(self._node_action(unit, node))
                     rank = (too_big, start, -self._tails[u][position], u, position)
                     if best is None or rank < best[0]:
@@ -167,8 +193,10 @@ class SlotScheduler:
             return
         self._run_action(u, action)
         self._done[u].add(position)
-        if action.defer_weights and unit.keeps_weights:
-            self._weights.append((u, node.item))
+        if action.defer_weights:
+            (self._weights if unit.keeps_weights else self._own_put_off).append((u, node.item))
+        if len(self._done[u]) + len(self._flying[u]) == len(unit.graph.nodes):
+            self._complete[u] = True
         self._issue_ready()
         self._leave_if_complete(u)
 
@@ -206,6 +234,7 @@ class SlotScheduler:
         begin = max(self._now, self._lane_free.get(lane, 0.0))
         self._lane_free[lane] = begin + self.costs.wire_seconds(action)
         self._flying[u][position] = self._lane_free[lane]
+        self._live += bytes_at_start(action, self.costs)
         self.steps.append(Step(u, ActionKind.ISSUE, action.item, action.direction))
 
     def _wait(self, u: int, position: int) -> None:
@@ -216,6 +245,8 @@ class SlotScheduler:
         node = self.units[u].graph.nodes[position]
         self._now = max(self._now, end)
         self._done[u].add(position)
+        action = Action(ActionKind.WAIT, self.units[u].chunk, 0, node.item, node.direction)
+        self._live -= bytes_at_end(action, self.costs)
         self.steps.append(Step(u, ActionKind.WAIT, node.item, node.direction))
 
     def _leave_if_complete(self, u: int) -> None:
@@ -237,6 +268,8 @@ class SlotScheduler:
         if fitting:
             self._run_weight(max(fitting, key=lambda c: (c[0], -c[1]))[1])
             return True
+        if not choices and self._run_own_put_off(gap):
+            return True
         queued = self._queued_fillers()
         for seconds, queue, action in queued:
             if seconds <= gap:
@@ -250,6 +283,18 @@ class SlotScheduler:
                 self._take(queue, action)
                 return True
         return False
+
+    def _run_own_put_off(self, gap: float) -> bool:
+        """A weight gradient that this slot put off, once earlier ones are done: sums keep their order."""
+        if not self._own_put_off or (self.queues and self._taken[0] < len(self.queues[0])):
+            return False
+        u, item = self._own_put_off[0]
+        action = Action(ActionKind.WEIGHT, self.units[u].chunk, 0, item)
+        if self.costs.seconds(action) > 2 * gap:
+            return False
+        self._own_put_off.pop(0)
+        self._run_action(u, action)
+        return True
 
     def _queued_fillers(self) -> list[tuple[float, int, Action]]:
         result = []
