@@ -7,6 +7,7 @@ memory it falls into; one that falls outside of all arguments is an error, as is
 from __future__ import annotations
 
 import random
+from collections import OrderedDict
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -52,11 +53,41 @@ class StrayAccessError(Exception):
     """A kernel touched memory outside of its arguments, or used an atomic operation."""
 
 
+SECTOR_BYTES = 32
+"""What caches exchange with memory: a quarter of a line."""
+
+
+class CacheModel:
+    """A second-level cache of `capacity_bytes`: fully associative, least recently used out first, writes kept
+    until they are pushed out. Fed with every access in the order in which programs ask."""
+
+    def __init__(self, capacity_bytes: int) -> None:
+        self._capacity = capacity_bytes // SECTOR_BYTES
+        self._dirty: OrderedDict[int, bool] = OrderedDict()
+        self.loaded_bytes = 0
+        self.stored_bytes = 0
+
+    def access(self, addresses: np.ndarray[Any, Any], *, store: bool) -> None:
+        for sector in np.unique(addresses // SECTOR_BYTES).tolist():
+            known = self._dirty.pop(sector, None)
+            if known is None and not store:
+                self.loaded_bytes += SECTOR_BYTES
+            self._dirty[sector] = store or bool(known)
+            if len(self._dirty) > self._capacity and self._dirty.popitem(last=False)[1]:
+                self.stored_bytes += SECTOR_BYTES
+
+    def flush(self) -> None:
+        """Write back what is still dirty."""
+        self.stored_bytes += SECTOR_BYTES * sum(self._dirty.values())
+        self._dirty.clear()
+
+
 class TrafficCounter:
     """Collects the traffic of launches; `inside_kernel` while one is being interpreted."""
 
-    def __init__(self) -> None:
+    def __init__(self, cache: CacheModel | None = None) -> None:
         self.launches: list[LaunchTraffic] = []
+        self.cache = cache
         self._ranges: list[tuple[int, int, str]] = []
         self._current: LaunchTraffic | None = None
 
@@ -86,6 +117,8 @@ class TrafficCounter:
         addresses = np.broadcast_to(pointers, np.shape(pointers))[np.asarray(mask, dtype=bool)].ravel()
         if addresses.size == 0:
             return
+        if self.cache is not None:
+            self.cache.access(addresses, store=store)
         low, high = int(addresses.min()), int(addresses.max())
         for start, stop, name in self._ranges:
             if start <= low and high + item_bytes <= stop:
@@ -127,10 +160,10 @@ def require_interpreter() -> None:
 
 
 @contextmanager
-def counted_traffic() -> Iterator[TrafficCounter]:
-    """Inside, every kernel launch adds its traffic to the counter."""
+def counted_traffic(cache: CacheModel | None = None) -> Iterator[TrafficCounter]:
+    """Inside, every kernel launch adds its traffic to the counter, and its accesses pass through `cache`."""
     require_interpreter()
-    counter = TrafficCounter()
+    counter = TrafficCounter(cache)
     builder = interpreter.interpreter_builder
     load, store, call = (
         builder.create_masked_load,

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from contextvars import ContextVar
+from typing import Any, NamedTuple
 
 import torch
 import triton  # type: ignore[import-untyped]
@@ -28,7 +29,7 @@ from mhc_kernels.device.streams import (
 from mhc_kernels.reference import permutation_matrices
 from mhc_kernels.seam_function import InputGradients, SeamForward, SeamGradients, Update
 from mhc_kernels.spec import Connection, ConnectionSpec, Kept, Mixing, Regenerated
-from mhc_kernels.tiles import TileSet, power_of_two_at_least, tiles_for
+from mhc_kernels.tiles import CHUNK_MULTIPLE, TileSet, power_of_two_at_least, tiles_for
 
 MIXING_CODE = {Mixing.SINKHORN: 0, Mixing.IDENTITY: 1, Mixing.PERMUTATIONS: 2}
 REDUCE_BLOCK = 1024
@@ -102,83 +103,148 @@ def padded_permutations(spec: ConnectionSpec) -> int:
     return power_of_two_at_least(spec.num_res_coefficients) if spec.mixing is Mixing.PERMUTATIONS else 1
 
 
+def token_chunks(num_tokens: int, chunk_tokens: int) -> list[slice]:
+    """Slices of at most `chunk_tokens` tokens; one slice when that is 0, none when there are no tokens."""
+    step = chunk_tokens or max(1, num_tokens)
+    assert step % CHUNK_MULTIPLE == 0 or not chunk_tokens, "a chunk must end where tiles end"
+    return [slice(first, min(first + step, num_tokens)) for first in range(0, num_tokens, step)]
+
+
 def seam_forward(
-    streams_TNC: Tensor, update: Update | None, connection: Connection, carried_pre_TN: Tensor | None
+    streams_TNC: Tensor,
+    update: Update | None,
+    connection: Connection,
+    carried_pre_TN: Tensor | None,
+    chunk_tokens: int = 0,
 ) -> SeamForward:
-    """K1 and K2."""
+    """K1 and K2; with `chunk_tokens` in turn on chunks so short that K2 finds x' in the second-level cache.
+
+    A chunk holds whole tiles, so chunking changes no bit.
+    """
+    spec, device = connection.spec, streams_TNC.device
+    num_tokens, n, channels = streams_TNC.shape
+
+    def new(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+        return new_result((num_tokens, *shape), dtype, device)
+
+    result = SeamForward(
+        streams_TNC if update is None else new(n, channels, dtype=streams_TNC.dtype),
+        new(channels, dtype=streams_TNC.dtype),
+        new(n),
+        new(n),
+        None if spec.mixing is Mixing.IDENTITY else new(n, n),
+        new(spec.num_coefficients),
+        new(),
+        new(),
+    )
+    update = None if update is None else Update(*(_contiguous(tensor) for tensor in update))
+    carried_pre_TN = _contiguous(carried_pre_TN)
+    for rows in token_chunks(num_tokens, chunk_tokens):
+        _forward_rows(
+            streams_TNC[rows],
+            None if update is None else Update(*_rows(update, rows)),
+            connection,
+            _rows([carried_pre_TN], rows)[0],
+            SeamForward(*_rows(result, rows)),
+        )
+    return result
+
+
+def _forward_rows(
+    streams_TNC: Tensor,
+    update: Update | None,
+    connection: Connection,
+    carried_pre_TN: Tensor | None,
+    out: SeamForward,
+) -> None:
     spec, device = connection.spec, streams_TNC.device
     num_tokens, n, channels = streams_TNC.shape
     tiles = tiles_for(device_architecture(device), n, channels)
     m = spec.num_coefficients
-    fp32 = torch.float32
-    out_TNC = streams_TNC if update is None else new_result(streams_TNC.shape, streams_TNC.dtype, device)
     width = split_channels(channels, tiles)
     splits = triton.cdiv(channels, width)
-    partial_STM = new_result((splits, num_tokens, m), fp32, device)
-    square_ST = new_result((splits, num_tokens), fp32, device)
-    if num_tokens:
-        post_project_kernel[(triton.cdiv(num_tokens, tiles.post_project.tokens), splits)](
-            streams_TNC,
-            None if update is None else update.y_TC.contiguous(),
-            None if update is None else update.post_TN.contiguous(),
-            None if update is None or update.res_TNN is None else update.res_TNN.contiguous(),
-            connection.phi_MD,
-            out_TNC,
-            partial_STM,
-            square_ST,
-            num_tokens,
-            C=channels,
-            N=n,
-            M=m,
-            M_PAD=padded_coefficients(spec),
-            SPLIT_CHANNELS=width,
-            HAS_UPDATE=update is not None,
-            MIXED=update is not None and update.res_TNN is not None,
-            PRECISION=product_precision(streams_TNC, tiles),
-            BT=tiles.post_project.tokens,
-            BC=tiles.post_project.channels,
-            num_warps=tiles.post_project.num_warps,
-        )
-    h_TC = new_result((num_tokens, channels), streams_TNC.dtype, device)
-    pre_TN, post_TN = (new_result((num_tokens, n), fp32, device) for _ in range(2))
-    res_TNN = None if spec.mixing is Mixing.IDENTITY else new_result((num_tokens, n, n), fp32, device)
-    mix_TM = new_result((num_tokens, m), fp32, device)
-    rstd_x_T, rstd_h_T = (new_result((num_tokens,), fp32, device) for _ in range(2))
-    if num_tokens:
-        mix_pre_kernel[(triton.cdiv(num_tokens, tiles.mix_pre.tokens),)](
-            partial_STM,
-            square_ST,
-            connection.alpha_3,
-            connection.bias_M,
-            out_TNC,
-            connection.gain_C,
-            None if carried_pre_TN is None else carried_pre_TN.contiguous(),
-            permutation_table(spec, streams_TNC),
-            pre_TN,
-            post_TN,
-            res_TNN,
-            mix_TM,
-            rstd_x_T,
-            rstd_h_T,
-            h_TC,
-            num_tokens,
-            spec.pre_eps,
-            spec.sinkhorn_eps,
-            spec.projection_norm_eps,
-            spec.sublayer_norm_eps,
-            C=channels,
-            N=n,
-            M=m,
-            SPLITS=splits,
-            MIXING=mixing_code(spec),
-            ITERATIONS=spec.sinkhorn_iterations,
-            P_PAD=padded_permutations(spec),
-            CARRIED=carried_pre_TN is not None,
-            BT=tiles.mix_pre.tokens,
-            BLOCK_C=power_of_two_at_least(channels),
-            num_warps=tiles.mix_pre.num_warps,
-        )
-    return SeamForward(out_TNC, h_TC, pre_TN, post_TN, res_TNN, mix_TM, rstd_x_T, rstd_h_T)
+    partial_STM = new_result((splits, num_tokens, m), torch.float32, device)
+    square_ST = new_result((splits, num_tokens), torch.float32, device)
+    y_TC, post_TN, res_TNN = update or (None, None, None)
+    post_project_kernel[(triton.cdiv(num_tokens, tiles.post_project.tokens), splits)](
+        streams_TNC,
+        y_TC,
+        post_TN,
+        res_TNN,
+        connection.phi_MD,
+        out.streams_TNC,
+        partial_STM,
+        square_ST,
+        num_tokens,
+        C=channels,
+        N=n,
+        M=m,
+        M_PAD=padded_coefficients(spec),
+        SPLIT_CHANNELS=width,
+        HAS_UPDATE=update is not None,
+        MIXED=res_TNN is not None,
+        PRECISION=product_precision(streams_TNC, tiles),
+        BT=tiles.post_project.tokens,
+        BC=tiles.post_project.channels,
+        num_warps=tiles.post_project.num_warps,
+    )
+    mix_pre_kernel[(triton.cdiv(num_tokens, tiles.mix_pre.tokens),)](
+        partial_STM,
+        square_ST,
+        connection.alpha_3,
+        connection.bias_M,
+        out.streams_TNC,
+        connection.gain_C,
+        carried_pre_TN,
+        permutation_table(spec, streams_TNC),
+        out.pre_TN,
+        out.post_TN,
+        out.res_TNN,
+        out.mix_TM,
+        out.projection_rstd_T,
+        out.rstd_T,
+        out.h_TC,
+        num_tokens,
+        spec.pre_eps,
+        spec.sinkhorn_eps,
+        spec.projection_norm_eps,
+        spec.sublayer_norm_eps,
+        C=channels,
+        N=n,
+        M=m,
+        SPLITS=splits,
+        MIXING=mixing_code(spec),
+        ITERATIONS=spec.sinkhorn_iterations,
+        P_PAD=padded_permutations(spec),
+        CARRIED=carried_pre_TN is not None,
+        BT=tiles.mix_pre.tokens,
+        BLOCK_C=power_of_two_at_least(channels),
+        num_warps=tiles.mix_pre.num_warps,
+    )
+
+
+class _TokenGradients(NamedTuple):
+    """Results of B2 that belong to tokens."""
+
+    streams_TNC: Tensor
+    y_TC: Tensor | None
+    post_TN: Tensor | None
+    res_TNN: Tensor | None
+
+
+class _Behind(NamedTuple):
+    """What B2 takes from the sublayer that the seam prepared, and its partial parameter gradients."""
+
+    d_h_TC: Tensor
+    gain_C: Tensor
+    used_pre_TN: Tensor
+    rstd_T: Tensor
+    h_dot_T: Tensor
+    shrink_T: Tensor
+    d_projection_TM: Tensor
+    phi_MD: Tensor
+    d_phi_SMD: Tensor
+    d_gain_SC: Tensor
 
 
 def seam_backward(
@@ -188,43 +254,60 @@ def seam_backward(
     carried_pre_TN: Tensor | None,
     forward: SeamForward,
     gradients: SeamGradients,
+    chunk_tokens: int = 0,
 ) -> InputGradients:
-    """B1, B2, B3."""
+    """B1, B2, B3; with `chunk_tokens` in turn on chunks so short that B2 finds what B1 read in the cache.
+
+    dphi and dgain grow from chunk to chunk in a fixed order, which is another one than without chunks; every
+    other gradient is the same, bit for bit.
+    """
     spec, device = connection.spec, streams_TNC.device
     num_tokens, n, channels = streams_TNC.shape
     tiles = tiles_for(device_architecture(device), n, channels)
     m = spec.num_coefficients
     fp32 = torch.float32
+    update = None if update is None else Update(*(_contiguous(tensor) for tensor in update))
     used_pre_TN = forward.pre_TN if carried_pre_TN is None else carried_pre_TN.contiguous()
     d_handed_TN = None if gradients.pre_TN is None else _inner_contiguous(gradients.pre_TN)
     d_post_TN = _inner_contiguous(gradients.post_TN)
     d_res_TK = None if gradients.res_TNN is None else _inner_contiguous(gradients.res_TNN.flatten(1))
-    programs = triton.cdiv(num_tokens, tiles.backward_dots.tokens)
     d_used_pre_TN = None if carried_pre_TN is None else new_result((num_tokens, n), fp32, device)
-    d_projection_TM = new_result((num_tokens, m), fp32, device)
-    shrink_T, h_dot_T = (new_result((num_tokens,), fp32, device) for _ in range(2))
-    d_logit_P2M = new_result((programs, 2, m), fp32, device)
-    if num_tokens:
-        backward_dots_kernel[(programs,)](
-            forward.streams_TNC,
-            gradients.h_TC,
+    d_logit_P2M = new_result((triton.cdiv(num_tokens, tiles.backward_dots.tokens), 2, m), fp32, device)
+    chunks = token_chunks(num_tokens, chunk_tokens)
+    remix = len(chunks) > 1 and update is not None
+    splits = token_splits(chunk_tokens or num_tokens, channels, tiles)
+    d_phi_SMD = new_result((splits, m, n * channels), fp32, device)
+    d_gain_SC = new_result((splits, channels), fp32, device)
+    if not chunks:
+        d_phi_SMD.zero_()
+        d_gain_SC.zero_()
+    out = _new_token_gradients(streams_TNC, update)
+    for rows in chunks:
+        rows_update = None if update is None else Update(*_rows(update, rows))
+        size = rows.stop - rows.start
+        d_projection_TM = new_result((size, m), fp32, device)
+        shrink_T, h_dot_T = (new_result((size,), fp32, device) for _ in range(2))
+        rows_pre, rows_rstd, rows_d_h = used_pre_TN[rows], forward.rstd_T[rows], gradients.h_TC[rows]
+        program_rows = slice(rows.start // tiles.backward_dots.tokens, None)
+        backward_dots_kernel[(triton.cdiv(size, tiles.backward_dots.tokens),)](
+            (streams_TNC if remix else forward.streams_TNC)[rows],
+            *((rows_update if remix else None) or (None, None, None)),
+            rows_d_h,
             connection.gain_C,
-            used_pre_TN,
-            forward.rstd_T,
-            forward.projection_rstd_T,
-            forward.mix_TM,
+            rows_pre,
+            rows_rstd,
+            forward.projection_rstd_T[rows],
+            forward.mix_TM[rows],
             connection.alpha_3,
             connection.bias_M,
-            d_handed_TN,
-            d_post_TN,
-            d_res_TK,
+            *_rows([d_handed_TN, d_post_TN, d_res_TK], rows),
             permutation_table(spec, streams_TNC),
-            d_used_pre_TN,
+            *_rows([d_used_pre_TN], rows),
             d_projection_TM,
             shrink_T,
             h_dot_T,
-            d_logit_P2M,
-            num_tokens,
+            d_logit_P2M[program_rows],
+            size,
             0 if d_handed_TN is None else d_handed_TN.stride(0),
             d_post_TN.stride(0),
             0 if d_res_TK is None else d_res_TK.stride(0),
@@ -237,31 +320,44 @@ def seam_backward(
             P_PAD=padded_permutations(spec),
             CARRIED=carried_pre_TN is not None,
             HANDED=d_handed_TN is not None,
+            REMIX=remix,
+            MIXED=remix and update is not None and update.res_TNN is not None,
             BT=tiles.backward_dots.tokens,
             BLOCK_C=power_of_two_at_least(channels),
             num_warps=tiles.backward_dots.num_warps,
         )
-    splits = token_splits(num_tokens, channels, tiles)
-    d_phi_SMD = new_result((splits, m, n * channels), fp32, device)
-    d_gain_SC = new_result((splits, channels), fp32, device)
-    applied = _apply(
-        streams_TNC,
-        update,
-        gradients.streams_TNC,
-        (gradients.h_TC, connection.gain_C, used_pre_TN, forward.rstd_T, h_dot_T, shrink_T, d_projection_TM),
-        connection,
-        (d_phi_SMD, d_gain_SC),
-        splits,
-    )
+        _apply(
+            streams_TNC[rows],
+            rows_update,
+            gradients.streams_TNC[rows],
+            _Behind(
+                *(rows_d_h, connection.gain_C, rows_pre, rows_rstd, h_dot_T, shrink_T, d_projection_TM),
+                *(connection.phi_MD, d_phi_SMD, d_gain_SC),
+            ),
+            splits,
+            _TokenGradients(*_rows(out, rows)),
+            accumulate=rows.start > 0,
+        )
     d_logit_2M = reduce_partials(d_logit_P2M)
-    d_alpha_3 = torch.stack([part.sum() for part in d_logit_2M[1].tensor_split([n, 2 * n])])
     return InputGradients(
-        *applied,
+        *out,
         d_used_pre_TN,
         reduce_partials(d_phi_SMD),
-        d_alpha_3,
+        torch.stack([part.sum() for part in d_logit_2M[1].tensor_split([n, 2 * n])]),
         d_logit_2M[0],
         reduce_partials(d_gain_SC).to(connection.gain_C.dtype),
+    )
+
+
+def _new_token_gradients(streams_TNC: Tensor, update: Update | None) -> _TokenGradients:
+    num_tokens, n, channels = streams_TNC.shape
+    device, dtype = streams_TNC.device, streams_TNC.dtype
+    mixed = update is not None and update.res_TNN is not None
+    return _TokenGradients(
+        new_result(streams_TNC.shape, dtype, device),
+        None if update is None else new_result((num_tokens, channels), dtype, device),
+        None if update is None else new_result((num_tokens, n), torch.float32, device),
+        new_result((num_tokens, n, n), torch.float32, device) if mixed else None,
     )
 
 
@@ -269,33 +365,29 @@ def _apply(
     streams_TNC: Tensor,
     update: Update | None,
     gradient_TNC: Tensor,
-    behind: Sequence[Tensor],
-    connection: Connection | None,
-    partial_parameter_gradients: Sequence[Tensor],
+    behind: _Behind | None,
     splits: int,
-) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
-    """B2 with its token-wise reduction. `behind` and `connection` are empty at a chunk's end."""
+    out: _TokenGradients,
+    *,
+    accumulate: bool = False,
+) -> None:
+    """B2 with its token-wise reduction. `behind` is None at a chunk of layers' end."""
     num_tokens, n, channels = streams_TNC.shape
-    device = streams_TNC.device
-    tiles = tiles_for(device_architecture(device), n, channels)
-    mixed = update is not None and update.res_TNN is not None
-    tile = tiles.post_backward if connection is None else tiles.backward_apply
+    tiles = tiles_for(device_architecture(streams_TNC.device), n, channels)
+    tile = tiles.post_backward if behind is None else tiles.backward_apply
     blocks = triton.cdiv(channels, tile.channels)
-    d_streams_TNC = new_result(streams_TNC.shape, streams_TNC.dtype, device)
-    d_y_TC = d_post_BTN = d_res_BTNN = None
-    if update is not None:
-        d_y_TC = new_result((num_tokens, channels), streams_TNC.dtype, device)
-        d_post_BTN = new_result((blocks, num_tokens, n), torch.float32, device)
-    if mixed:
-        d_res_BTNN = new_result((blocks, num_tokens, n, n), torch.float32, device)
-    d_h, gain, used_pre, rstd, h_dot, shrink, d_projection = behind or (None,) * 7
-    d_phi, d_gain = partial_parameter_gradients or (None,) * 2
-    spec = None if connection is None else connection.spec
+    y_TC, post_TN, res_TNN = update or (None, None, None)
+    d_post_BTN, d_res_BTNN = (
+        None if whole is None else new_result((blocks, *whole.shape), torch.float32, whole.device)
+        for whole in (out.post_TN, out.res_TNN)
+    )
+    d_h, gain, used_pre, rstd, h_dot, shrink, d_projection, phi, d_phi, d_gain = behind or (None,) * 10
+    m = 1 if phi is None else phi.shape[0]
     backward_apply_kernel[(blocks, splits)](
         streams_TNC,
-        None if update is None else update.y_TC.contiguous(),
-        None if update is None else update.post_TN.contiguous(),
-        None if update is None or update.res_TNN is None else update.res_TNN.contiguous(),
+        y_TC,
+        post_TN,
+        res_TNN,
         gradient_TNC,
         d_h,
         gain,
@@ -304,9 +396,9 @@ def _apply(
         h_dot,
         shrink,
         d_projection,
-        None if connection is None else connection.phi_MD,
-        d_streams_TNC,
-        d_y_TC,
+        phi,
+        out.streams_TNC,
+        out.y_TC,
         d_post_BTN,
         d_res_BTNN,
         d_phi,
@@ -315,28 +407,27 @@ def _apply(
         triton.cdiv(triton.cdiv(num_tokens, splits), tile.tokens) * tile.tokens,
         C=channels,
         N=n,
-        M=1 if spec is None else spec.num_coefficients,
-        M_PAD=16 if spec is None else padded_coefficients(spec),
+        M=m,
+        M_PAD=max(16, power_of_two_at_least(m)),
         HAS_UPDATE=update is not None,
-        HAS_NEXT=connection is not None,
-        MIXED=mixed,
+        HAS_NEXT=behind is not None,
+        MIXED=res_TNN is not None,
+        ACCUMULATE=accumulate,
         PRECISION=product_precision(streams_TNC, tiles),
         BT=tile.tokens,
         BC=tile.channels,
         num_warps=tile.num_warps,
         num_stages=tile.num_stages,
     )
-    return (
-        d_streams_TNC,
-        d_y_TC,
-        None if d_post_BTN is None else reduce_partials(d_post_BTN),
-        None if d_res_BTNN is None else reduce_partials(d_res_BTNN),
-    )
+    for partial, whole in ((d_post_BTN, out.post_TN), (d_res_BTNN, out.res_TNN)):
+        if partial is not None:
+            reduce_partials(partial, whole)
 
 
-def reduce_partials(partial: Tensor) -> Tensor:
+def reduce_partials(partial: Tensor, out: Tensor | None = None) -> Tensor:
     """B3: the sum over the first dimension, in order."""
-    out = new_result(partial.shape[1:], torch.float32, partial.device)
+    if out is None:
+        out = new_result(partial.shape[1:], torch.float32, partial.device)
     size = out.numel()
     reduce_partials_kernel[(triton.cdiv(size, REDUCE_BLOCK),)](
         partial, out, partial.shape[0], size, BLOCK=REDUCE_BLOCK, num_warps=4
@@ -374,12 +465,13 @@ def update_backward(
     num_tokens, n, channels = streams_TNC.shape
     tiles = tiles_for(device_architecture(streams_TNC.device), n, channels)
     splits = token_splits(num_tokens, channels, tiles)
-    d_streams_TNC, d_y_TC, d_post_TN, d_res_TNN = _apply(
-        streams_TNC, update, gradient_TNC, (), None, (), splits
-    )
-    assert d_y_TC is not None
-    assert d_post_TN is not None
-    return d_streams_TNC, d_y_TC, d_post_TN, d_res_TNN
+    out = _new_token_gradients(streams_TNC, update)
+    update = Update(*(_contiguous(tensor) for tensor in update))
+    if num_tokens:
+        _apply(streams_TNC, update, gradient_TNC, None, splits, out)
+    assert out.y_TC is not None
+    assert out.post_TN is not None
+    return out.streams_TNC, out.y_TC, out.post_TN, out.res_TNN
 
 
 def collapse_forward(streams_TNC: Tensor, pre_TN: Tensor) -> Tensor:
@@ -454,6 +546,15 @@ def recompute_block(streams_TNC: Tensor, kept: Sequence[Kept]) -> list[Regenerat
             num_warps=tile.num_warps,
         )
     return [Regenerated(x_TNC, h_TC) for x_TNC, h_TC in zip([streams_TNC, *out_LTNC], h_LTC, strict=True)]
+
+
+def _rows(tensors: Sequence[Tensor | None], rows: slice) -> tuple[Any, ...]:
+    """The rows of every tensor; None stays None."""
+    return tuple(None if tensor is None else tensor[rows] for tensor in tensors)
+
+
+def _contiguous(tensor: Tensor | None) -> Any:
+    return None if tensor is None else tensor.contiguous()
 
 
 def _present(tensor: Tensor | None) -> Tensor:

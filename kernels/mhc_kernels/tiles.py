@@ -35,6 +35,10 @@ class TileSet(NamedTuple):
 
 
 ARCHITECTURES = ("sm_90", "sm_100", "gfx942")
+L2_BYTES = {"sm_90": 50 << 20, "sm_100": 126 << 20, "gfx942": 4 << 20}
+"""Second-level cache that one program can reach (gfx942: of one die), from the vendors' data sheets."""
+CHUNK_MULTIPLE = 64
+"""Chunks end where the tiles of tokens of every kernel end, so that chunking does not move a tile."""
 WIDTH_BUCKETS = (1536, 3072, 5120, 8192)
 """Upper ends of the C buckets; wider streams are refused."""
 
@@ -71,4 +75,14 @@ def _backward_apply(architecture: str, num_streams: int) -> Tile:
     """64 channels are the 64 rows that Hopper's and Blackwell's matrix units start from."""
     if architecture.startswith("gfx"):
         return Tile(16, 32, 2)
-    return Tile(32 if num_streams <= 4 else 16, 64, 8, num_stages=2 if architecture == "sm_90" else 1)
+    if num_streams > 4:
+        return Tile(16, 32, 8)
+    return Tile(32, 64, 8, num_stages=2 if architecture == "sm_90" else 1)
+
+
+def chunk_tokens(architecture: str, num_streams: int, channels: int, item_bytes: int) -> int:
+    """Tokens per chunk of a chunked launch: what passes through the cache between a first kernel's access to
+    a row and the second's (x, y, x' forward; x, y, dh, g, dx backward: 2n + 2 rows) fills half of it."""
+    row_bytes = (2 * num_streams + 2) * channels * item_bytes
+    chunks = L2_BYTES[architecture] // 2 // (row_bytes * CHUNK_MULTIPLE)
+    return max(1, chunks) * CHUNK_MULTIPLE

@@ -17,15 +17,16 @@ import argparse
 import json
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 
-from mhc_kernels import interpreted, launch
+from mhc_kernels import formula, interpreted, launch
 from mhc_kernels.provenance import provenance
 from mhc_kernels.seam_function import SeamGradients, Update
 from mhc_kernels.spec import Connection, ConnectionSpec, Kept, Mixing
+from mhc_kernels.tiles import ARCHITECTURES, CHUNK_MULTIPLE, L2_BYTES, chunk_tokens, tiles_for
 
 FIELD = {
     "naive (paper, table 2)": (34.0, None, None, None),
@@ -37,6 +38,7 @@ FIELD = {
 """(forward, backward, recompute, total) in C, from reading each implementation, without the RMSNorm."""
 
 TOKEN_COUNTS = (64, 128)
+CHUNKED_TOKEN_COUNTS = (2 * CHUNK_MULTIPLE, 3 * CHUNK_MULTIPLE)
 LONGEST_BLOCK = 3
 STREAM_ARGUMENTS = ("x_ptr", "y_ptr", "out_ptr", "h_ptr", "g_ptr", "d_h_ptr", "d_x_ptr", "d_y_ptr")
 
@@ -60,22 +62,6 @@ class Phase:
             moved = [*one.loaded_bytes.items(), *one.stored_bytes.items()]
             row["streams"] += sum(count for name, count in moved if _is_stream(one.kernel, name))
         return rows
-
-    def chunked(self) -> float:
-        """Unique bytes when the phase's kernels follow each other on token chunks that stay in the L2 cache.
-
-        A load of what an earlier kernel of the phase loaded or stored hits; coefficient-sized partial sums
-        between the kernels are written back once and never read from memory.
-        """
-        seen: set[int] = set()
-        moved = 0
-        for one in self.launches:
-            for name, count in one.loaded_bytes.items():
-                if one.addresses[name] not in seen:
-                    moved += count
-            moved += sum(one.stored_bytes.values())
-            seen |= {one.addresses[name] for name in (*one.loaded_bytes, *one.stored_bytes)}
-        return float(moved)
 
 
 ROW_KEYS = ("loaded", "stored", "requested_loaded", "requested_stored", "streams")
@@ -127,12 +113,13 @@ class Sublayer:
             y_TC.clone(),
         )
 
-    def run_forward(self) -> None:
-        launch.seam_forward(self.streams, self.update, self.connection, self.carried)
+    def run_forward(self, chunk_tokens: int = 0) -> None:
+        launch.seam_forward(self.streams, self.update, self.connection, self.carried, chunk_tokens)
 
-    def run_backward(self) -> None:
+    def run_backward(self, chunk_tokens: int = 0) -> None:
         launch.seam_backward(
-            self.streams, self.update, self.connection, self.carried, self.forward, self.gradients
+            *(self.streams, self.update, self.connection, self.carried, self.forward, self.gradients),
+            chunk_tokens,
         )
 
     def run_recompute(self, sublayers: int) -> None:
@@ -167,7 +154,6 @@ def per_token(action_of: Callable[[int], Phase], channels: int, item_bytes: int)
         "total": sum(row["loaded"] + row["stored"] for row in kernels.values())
         + sum(torch_operations.values()),
         "streams": sum(row["streams"] for row in kernels.values()),
-        "chunked": slope(few.chunked(), many.chunked()),
     }
 
 
@@ -176,6 +162,66 @@ def difference(more: Any, less: Any) -> Any:
     if isinstance(more, dict):
         return {key: difference(value, less.get(key, 0.0)) for key, value in more.items()}
     return more - less
+
+
+def chunked_bytes(
+    channels: int, spec: ConnectionSpec, dtype: torch.dtype, tokens: Sequence[int]
+) -> dict[str, float]:
+    """Bytes from and to memory per token, in C, behind a cache, when a seam is launched in chunks.
+
+    The cache and the chunk are scaled down together from the device's: the chunk is the shortest one, the
+    cache what `tiles.chunk_tokens` wants for it, and room for what does not grow with the tokens (phi, the
+    partial dphi). Three chunks are compared with two.
+    """
+    item_bytes = torch.empty(0, dtype=dtype).element_size()
+    n, m = spec.num_streams, spec.num_coefficients
+    rows = (2 * n + 2) * channels * item_bytes * CHUNK_MULTIPLE
+    constants = 4 * (2 * m * n * channels + 4 * channels)
+    moved: dict[str, list[int]] = {"forward": [], "backward": []}
+    for num_tokens in tokens:
+        sublayer = Sublayer(num_tokens, channels, spec, dtype)
+        for name, action in (("forward", sublayer.run_forward), ("backward", sublayer.run_backward)):
+            cache = interpreted.CacheModel(2 * rows + constants)
+            with interpreted.counted_traffic(cache):
+                action(CHUNK_MULTIPLE)
+            cache.flush()
+            moved[name].append(cache.loaded_bytes + cache.stored_bytes)
+    unit = (tokens[1] - tokens[0]) * channels * item_bytes
+    return {name: (many - few) / unit for name, (few, many) in moved.items()}
+
+
+def measure_chunked(channels: int, spec: ConnectionSpec, dtype: torch.dtype) -> dict[str, Any]:
+    """What launches in chunks make of a sublayer, and on which devices the chunk is long enough to matter."""
+    interpreted.require_interpreter()
+    phases = chunked_bytes(channels, spec, dtype, CHUNKED_TOKEN_COUNTS)
+    item_bytes = torch.empty(0, dtype=dtype).element_size()
+    recompute = formula.recompute(channels, spec, item_bytes).per_token / (channels * item_bytes)
+    phases |= {"recompute": recompute}
+    devices = []
+    for architecture in ARCHITECTURES:
+        tokens = chunk_tokens(architecture, spec.num_streams, channels, item_bytes)
+        tiles = tiles_for(architecture, spec.num_streams, channels)
+        apply_blocks = -(-channels // tiles.backward_apply.channels)
+        devices.append(
+            {
+                "architecture": architecture,
+                "l2_bytes": L2_BYTES[architecture],
+                "chunk_tokens": tokens,
+                "post_project_programs": -(-tokens // tiles.post_project.tokens) * tiles.project_splits,
+                "backward_apply_programs": apply_blocks * launch.token_splits(tokens, channels, tiles),
+            }
+        )
+    return {
+        "unit": "C: one row of channels per token",
+        "label": "counted in the interpreter behind a modelled cache; no device was involved",
+        "channels": channels,
+        "num_streams": spec.num_streams,
+        "mixing": str(spec.mixing),
+        "shifted_pre": spec.shifted_pre,
+        **phases,
+        "total": sum(phases.values()),
+        "devices": devices,
+    }
 
 
 def measure(channels: int, spec: ConnectionSpec, dtype: torch.dtype) -> dict[str, Any]:
@@ -192,12 +238,13 @@ def measure(channels: int, spec: ConnectionSpec, dtype: torch.dtype) -> dict[str
         "backward": per_token(lambda t: count(sublayers[t].run_backward), channels, item_bytes),
         "recompute": difference(block(LONGEST_BLOCK), block(LONGEST_BLOCK - 1)),
     }
-    sums = {key: sum(phase[key] for phase in phases.values()) for key in ("total", "streams", "chunked")}
+    sums = {key: sum(phase[key] for phase in phases.values()) for key in ("total", "streams")}
     return {
         "unit": "C: one row of channels per token",
         "channels": channels,
         "num_streams": spec.num_streams,
         "mixing": str(spec.mixing),
+        "shifted_pre": spec.shifted_pre,
         "dtype": str(dtype).removeprefix("torch."),
         "token_counts": TOKEN_COUNTS,
         **{name: phase["total"] for name, phase in phases.items()},
@@ -208,10 +255,7 @@ def measure(channels: int, spec: ConnectionSpec, dtype: torch.dtype) -> dict[str
             for kernel, row in phase["kernels"].items()
         ],
         "torch_operations": {name: phase["torch_operations"] for name, phase in phases.items()},
-        "phases": {
-            name: {key: phase[key] for key in ("total", "streams", "chunked")}
-            for name, phase in phases.items()
-        },
+        "phases": {name: {key: phase[key] for key in ("total", "streams")} for name, phase in phases.items()},
         "field": {
             name: dict(zip(("forward", "backward", "recompute", "total"), row, strict=True))
             for name, row in FIELD.items()
@@ -238,7 +282,6 @@ def print_table(report: dict[str, Any]) -> None:
     for label, key in (
         ("counted, everything", "total"),
         ("of it streams", "streams"),
-        ("launched in chunks that fit L2", "chunked"),
     ):
         numbers = [phases[name][key] for name in ("forward", "backward", "recompute")]
         print(f"{label:32}{numbers[0]:9.2f}{numbers[1]:10.2f}{numbers[2]:11.2f}{sum(numbers):8.2f}")
@@ -253,6 +296,18 @@ def print_table(report: dict[str, Any]) -> None:
         )
 
 
+def print_chunked(report: dict[str, Any]) -> None:
+    print(f"Launched in chunks, C = {report['channels']}: {report['label']}.\nBytes per token in units of C:")
+    for name in ("forward", "backward", "recompute", "total"):
+        print(f"  {name:11}{report[name]:7.2f}")
+    for device in report["devices"]:
+        print(
+            f"{device['architecture']}: {device['l2_bytes'] >> 20} MiB of cache, chunks of "
+            f"{device['chunk_tokens']} tokens: {device['post_project_programs']} programs of post_project, "
+            f"{device['backward_apply_programs']} of backward_apply"
+        )
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -261,13 +316,22 @@ def main() -> None:
     parser.add_argument("--streams", type=int, default=4)
     parser.add_argument("--mixing", choices=[str(mixing) for mixing in Mixing], default=str(Mixing.SINKHORN))
     parser.add_argument("--dtype", choices=["bf16", "fp32"], default="bf16")
+    parser.add_argument("--shifted-pre", action="store_true", help="collapse with the carried H_pre")
+    parser.add_argument("--chunked", action="store_true", help="count launches in chunks behind a cache")
     parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
     arguments = parser.parse_args()
-    spec = ConnectionSpec(num_streams=arguments.streams, mixing=Mixing(arguments.mixing))
+    spec = ConnectionSpec(
+        num_streams=arguments.streams,
+        mixing=Mixing(arguments.mixing),
+        shifted_pre=arguments.shifted_pre,
+    )
     dtype = torch.bfloat16 if arguments.dtype == "bf16" else torch.float32
-    report = measure(arguments.channels, spec, dtype) | {"provenance": provenance("mhc_kernels.traffic")}
+    counted = measure_chunked if arguments.chunked else measure
+    report = counted(arguments.channels, spec, dtype) | {"provenance": provenance("mhc_kernels.traffic")}
     if arguments.json:
         print(json.dumps(report, indent=2))
+    elif arguments.chunked:
+        print_chunked(report)
     else:
         print_table(report)
 

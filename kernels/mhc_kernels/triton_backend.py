@@ -7,34 +7,32 @@ returns fresh tensors, so optional tensors travel as empty ones.
 
 from __future__ import annotations
 
+import functools
+import json
 from collections.abc import Sequence
+from dataclasses import asdict
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from mhc_kernels import launch
+from mhc_kernels import launch, tiles
 from mhc_kernels.offline import interpreting
 from mhc_kernels.seam_function import InputGradients, SeamForward, SeamGradients, Update
 from mhc_kernels.spec import Connection, ConnectionSpec, Kept, Mixing, Regenerated
 from mhc_kernels.tiles import ARCHITECTURES
 
-SpecFields = tuple[str, int, float, float, float, float, bool]
+
+@functools.cache
+def encoded(spec: ConnectionSpec) -> str:
+    """The specification as an operation's argument; `_decoded` is the inverse."""
+    return json.dumps(asdict(spec))
 
 
-def _fields(spec: ConnectionSpec) -> SpecFields:
-    return (
-        str(spec.mixing),
-        spec.sinkhorn_iterations,
-        spec.sinkhorn_eps,
-        spec.pre_eps,
-        spec.projection_norm_eps,
-        spec.sublayer_norm_eps,
-        spec.shifted_pre,
-    )
-
-
-def _spec(num_streams: int, fields: SpecFields) -> ConnectionSpec:
-    return ConnectionSpec(num_streams, Mixing(fields[0]), *fields[1:])
+@functools.cache
+def _decoded(text: str) -> ConnectionSpec:
+    fields = json.loads(text)
+    return ConnectionSpec(**fields | {"mixing": Mixing(fields["mixing"])})
 
 
 def _update(y_TC: Tensor | None, post_TN: Tensor | None, res_TNN: Tensor | None) -> Update | None:
@@ -65,58 +63,29 @@ def seam_forward(
     alpha_3: Tensor,
     bias_M: Tensor,
     gain_C: Tensor,
-    mixing: str,
-    sinkhorn_iterations: int,
-    sinkhorn_eps: float,
-    pre_eps: float,
-    projection_norm_eps: float,
-    sublayer_norm_eps: float,
-    shifted_pre: bool,
+    spec: str,
+    chunk_tokens: int,
 ) -> list[Tensor]:
     """[x' (empty without update), h, pre, post, res (empty for identity), mix, 1/rms(x'), 1/rms(u)]."""
-    fields = (
-        mixing,
-        sinkhorn_iterations,
-        sinkhorn_eps,
-        pre_eps,
-        projection_norm_eps,
-        sublayer_norm_eps,
-        shifted_pre,
-    )
-    spec = _spec(streams_TNC.shape[1], fields)
-    connection = Connection(phi_MD, alpha_3, bias_M, gain_C, spec)
-    result = launch.seam_forward(streams_TNC, _update(y_TC, post_TN, res_TNN), connection, carried_pre_TN)
+    connection = Connection(phi_MD, alpha_3, bias_M, gain_C, _decoded(spec))
+    update = _update(y_TC, post_TN, res_TNN)
+    result = launch.seam_forward(streams_TNC, update, connection, carried_pre_TN, chunk_tokens)
     out_TNC = _empty(streams_TNC) if y_TC is None else result.streams_TNC
     res = _empty(phi_MD) if result.res_TNN is None else result.res_TNN
     return [out_TNC, *result[1:4], res, *result[5:]]
 
 
 @seam_forward.register_fake
-def _(
-    streams_TNC: Tensor,
-    y_TC: Tensor | None,
-    post_TN: Tensor | None,
-    res_TNN: Tensor | None,
-    carried_pre_TN: Tensor | None,
-    phi_MD: Tensor,
-    alpha_3: Tensor,
-    bias_M: Tensor,
-    gain_C: Tensor,
-    mixing: str,
-    sinkhorn_iterations: int,
-    sinkhorn_eps: float,
-    pre_eps: float,
-    projection_norm_eps: float,
-    sublayer_norm_eps: float,
-    shifted_pre: bool,
-) -> list[Tensor]:
+def _(streams_TNC: Tensor, y_TC: Tensor | None, *others: Any) -> list[Tensor]:
     num_tokens, n, channels = streams_TNC.shape
+    *_, phi_MD, _alpha_3, _bias_M, _gain_C, spec, _chunk_tokens = others
+    no_res = _decoded(spec).mixing is Mixing.IDENTITY
     return [
         _empty(streams_TNC) if y_TC is None else torch.empty_like(streams_TNC),
         streams_TNC.new_empty(num_tokens, channels),
         phi_MD.new_empty(num_tokens, n),
         phi_MD.new_empty(num_tokens, n),
-        _empty(phi_MD) if mixing == Mixing.IDENTITY else phi_MD.new_empty(num_tokens, n, n),
+        _empty(phi_MD) if no_res else phi_MD.new_empty(num_tokens, n, n),
         phi_MD.new_empty(num_tokens, phi_MD.shape[0]),
         phi_MD.new_empty(num_tokens),
         phi_MD.new_empty(num_tokens),
@@ -140,64 +109,27 @@ def seam_backward(
     d_pre_TN: Tensor | None,
     d_post_TN: Tensor,
     d_res_TNN: Tensor | None,
-    mixing: str,
-    sinkhorn_iterations: int,
-    sinkhorn_eps: float,
-    pre_eps: float,
-    projection_norm_eps: float,
-    sublayer_norm_eps: float,
-    shifted_pre: bool,
+    spec: str,
+    chunk_tokens: int,
 ) -> list[Tensor]:
     """Gradients of streams, y, post, res, carried pre, phi, alpha, bias, gain; empty without an input."""
-    fields = (
-        mixing,
-        sinkhorn_iterations,
-        sinkhorn_eps,
-        pre_eps,
-        projection_norm_eps,
-        sublayer_norm_eps,
-        shifted_pre,
-    )
     x_TNC, h_TC, pre, post, res, mix, rstd_x, rstd_h = forward
+    x_TNC = streams_TNC if y_TC is None else x_TNC
     gradients = launch.seam_backward(
         streams_TNC,
         _update(y_TC, post_TN, res_TNN),
-        Connection(phi_MD, alpha_3, bias_M, gain_C, _spec(streams_TNC.shape[1], fields)),
+        Connection(phi_MD, alpha_3, bias_M, gain_C, _decoded(spec)),
         carried_pre_TN,
-        SeamForward(
-            streams_TNC if y_TC is None else x_TNC, h_TC, pre, post, _or_none(res), mix, rstd_x, rstd_h
-        ),
+        SeamForward(x_TNC, h_TC, pre, post, _or_none(res), mix, rstd_x, rstd_h),
         SeamGradients(d_streams_TNC, d_h_TC, d_pre_TN, d_post_TN, d_res_TNN),
+        chunk_tokens,
     )
     return _all_present(gradients, phi_MD)
 
 
 @seam_backward.register_fake
-def _(
-    streams_TNC: Tensor,
-    y_TC: Tensor | None,
-    post_TN: Tensor | None,
-    res_TNN: Tensor | None,
-    carried_pre_TN: Tensor | None,
-    phi_MD: Tensor,
-    alpha_3: Tensor,
-    bias_M: Tensor,
-    gain_C: Tensor,
-    forward: Sequence[Tensor],
-    d_streams_TNC: Tensor,
-    d_h_TC: Tensor,
-    d_pre_TN: Tensor | None,
-    d_post_TN: Tensor,
-    d_res_TNN: Tensor | None,
-    mixing: str,
-    sinkhorn_iterations: int,
-    sinkhorn_eps: float,
-    pre_eps: float,
-    projection_norm_eps: float,
-    sublayer_norm_eps: float,
-    shifted_pre: bool,
-) -> list[Tensor]:
-    inputs = [streams_TNC, y_TC, post_TN, res_TNN, carried_pre_TN, phi_MD, alpha_3, bias_M, gain_C]
+def _(*arguments: Any) -> list[Tensor]:
+    inputs, phi_MD = arguments[:9], arguments[5]
     return [_empty(phi_MD) if i is None else torch.empty_like(i) for i in inputs]
 
 
@@ -249,7 +181,21 @@ def _(streams_TNC: Tensor, pre_TN: Tensor, gradient_TC: Tensor) -> list[Tensor]:
 
 
 class TritonOperations:
-    """SeamOperations over the registered operations."""
+    """SeamOperations over the registered operations.
+
+    `chunked`: launch the kernels of a seam in turn on chunks of tokens whose rows stay in the second-level
+    cache between them.
+    """
+
+    def __init__(self, *, chunked: bool = False) -> None:
+        self._chunked = chunked
+
+    def _chunk_tokens(self, streams_TNC: Tensor) -> int:
+        if not self._chunked:
+            return 0
+        architecture = launch.device_architecture(streams_TNC.device)
+        _, n, channels = streams_TNC.shape
+        return tiles.chunk_tokens(architecture, n, channels, streams_TNC.element_size())
 
     def seam_forward(
         self,
@@ -260,7 +206,12 @@ class TritonOperations:
     ) -> SeamForward:
         tail = update or (None, None, None)
         x_TNC, h_TC, pre, post, res, mix, rstd_x, rstd_h = seam_forward(
-            streams_TNC, *tail, carried_pre_TN, *connection[:4], *_fields(connection.spec)
+            streams_TNC,
+            *tail,
+            carried_pre_TN,
+            *connection[:4],
+            encoded(connection.spec),
+            self._chunk_tokens(streams_TNC),
         )
         x_TNC = streams_TNC if update is None else x_TNC
         return SeamForward(x_TNC, h_TC, pre, post, _or_none(res), mix, rstd_x, rstd_h)
@@ -284,7 +235,8 @@ class TritonOperations:
             *connection[:4],
             [x_TNC, *forward[1:4], res, *forward[5:]],
             *gradients,
-            *_fields(connection.spec),
+            encoded(connection.spec),
+            self._chunk_tokens(streams_TNC),
         )
         return InputGradients(
             d_streams,

@@ -10,6 +10,8 @@ registers while it walks its tokens. x' is recomputed from x and y, which are re
 (dres, dpost) are stored per channel block, sums over tokens (dphi, dgain) per token split; the
 reduce_partials kernels add them in a fixed order.
 
+With ACCUMULATE (all chunks of tokens but the first) dphi and dgain go on from what the chunk before left.
+
 Registers are scarce here. Three things keep it within them at 8 channels, 128 bits, a thread:
 
 * both products are written with channels as rows, (BC, .), and their results transposed. The compiler prefers
@@ -63,6 +65,7 @@ def backward_apply_kernel(
     HAS_UPDATE: tl.constexpr,
     HAS_NEXT: tl.constexpr,
     MIXED: tl.constexpr,
+    ACCUMULATE: tl.constexpr,
     PRECISION: tl.constexpr,
     BT: tl.constexpr,
     BC: tl.constexpr,
@@ -80,9 +83,14 @@ def backward_apply_kernel(
         d_gain = tl.zeros((BT, BC), dtype=tl.float32)
         phi_offsets = coefficient[:, None] * (N * C) + cols[None, :]
         phi_mask = coefficient_ok[:, None] & col_ok[None, :]
+        split_phi_ptr = d_phi_ptr + token_split.to(tl.int64) * (M * N * C)
         d_phis = ()
-        for _o in tl.static_range(N):
-            d_phis = d_phis + (tl.zeros((BC, M_PAD), dtype=tl.float32),)
+        for o in tl.static_range(N):
+            if ACCUMULATE:
+                before = tl.load(split_phi_ptr + phi_offsets + o * C, mask=phi_mask, other=0.0)
+                d_phis = d_phis + (tl.trans(before),)
+            else:
+                d_phis = d_phis + (tl.zeros((BC, M_PAD), dtype=tl.float32),)
 
     rows = tl.arange(0, BT)
     row_offsets = rows[:, None] * C + cols[None, :]
@@ -172,7 +180,9 @@ def backward_apply_kernel(
                 tl.store(d_x_tile + o * C, totals[o].to(d_x_ptr.dtype.element_ty), mask=mask)
 
     if HAS_NEXT:
-        tl.store(d_gain_ptr + token_split * C + cols, tl.sum(d_gain, axis=0), mask=col_ok)
-        split_ptr = d_phi_ptr + token_split.to(tl.int64) * (M * N * C)
+        d_gain_columns = tl.sum(d_gain, axis=0)
+        if ACCUMULATE:
+            d_gain_columns += tl.load(d_gain_ptr + token_split * C + cols, mask=col_ok, other=0.0)
+        tl.store(d_gain_ptr + token_split * C + cols, d_gain_columns, mask=col_ok)
         for o in tl.static_range(N):
-            tl.store(split_ptr + phi_offsets + o * C, tl.trans(d_phis[o]), mask=phi_mask)
+            tl.store(split_phi_ptr + phi_offsets + o * C, tl.trans(d_phis[o]), mask=phi_mask)

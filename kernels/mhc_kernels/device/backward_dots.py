@@ -5,19 +5,25 @@
 
 Grid (T / BT,). Reads x' (N*C) and dh (C) once, keeps them in registers, and writes coefficient-sized results
 only. The gradient of the streams is not needed here: it meets x' in backward_apply.
+
+With REMIX it reads x and y instead and recomputes x': a row more, but backward_apply reads the same rows, and
+in a chunked launch finds them in the cache.
 """
 
 import triton
 import triton.language as tl
 
-from mhc_kernels.device.common import sigmoid_slope
+from mhc_kernels.device.common import load_coefficients, mixed_stream, sigmoid_slope
 from mhc_kernels.device.mix_pre import IDENTITY, PERMUTATIONS, SINKHORN
 from mhc_kernels.device.sinkhorn import sinkhorn_backward
 
 
 @triton.jit(do_not_specialize=["num_tokens", "d_handed_stride", "d_post_stride", "d_res_stride"])
 def backward_dots_kernel(
-    x_ptr,  # (T, N, C) x'
+    x_ptr,  # (T, N, C) x'; with REMIX x
+    y_ptr,  # (T, C), with REMIX
+    post_ptr,  # (T, N) fp32, with REMIX
+    res_ptr,  # (T, N, N) fp32, with REMIX and MIXED
     d_h_ptr,  # (T, C)
     gain_ptr,  # (C,)
     used_pre_ptr,  # (T, N) fp32: the H_pre that collapsed x'
@@ -48,6 +54,8 @@ def backward_dots_kernel(
     P_PAD: tl.constexpr,
     CARRIED: tl.constexpr,
     HANDED: tl.constexpr,
+    REMIX: tl.constexpr,
+    MIXED: tl.constexpr,
     BT: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
@@ -77,6 +85,20 @@ def backward_dots_kernel(
     for i in tl.static_range(N):
         offsets = rows[:, None] * (N * C) + i * C + cols[None, :]
         xs = xs + (tl.load(x_ptr + offsets, mask=mask, other=0.0),)
+    if REMIX:
+        y = tl.load(y_ptr + first * C + rows[:, None] * C + cols[None, :], mask=mask, other=0.0).to(
+            tl.float32
+        )
+        post = load_coefficients(post_ptr + first * N, rows, row_ok, N, N)
+        res = ()
+        if MIXED:
+            res = load_coefficients(res_ptr + first * (N * N), rows, row_ok, N * N, N * N)
+        wide = ()
+        for i in tl.static_range(N):
+            wide = wide + (xs[i].to(tl.float32),)
+        xs = ()
+        for o in tl.static_range(N):
+            xs = xs + (mixed_stream(o, wide, y, post, res, N, MIXED).to(x_ptr.dtype.element_ty),)
     unit = tl.zeros((BT, BLOCK_C), dtype=tl.float32)
     for i in tl.static_range(N):
         pre_i = tl.sum(tl.where(n_index[None, :] == i, used, 0.0), axis=1)

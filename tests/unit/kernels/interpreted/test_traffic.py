@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import triton  # type: ignore[import-untyped]
@@ -80,6 +81,35 @@ def test_everything_counted_is_below_the_promise() -> None:
         at_1280 = (bytes_narrow + (1280 - CHANNELS) * bytes_per_channel) / (1280 * 2)
         assert at_1280 <= promise, (name, at_1280)
     assert not any(narrow["torch_operations"].values())
+
+
+@pytest.mark.parametrize("shifted_pre", [False, pytest.param(True, marks=pytest.mark.long)])
+def test_chunks_read_the_streams_once(shifted_pre: bool) -> None:
+    """Oracle: the formulas 2n+2 (x, y in, x', h out) and 3n+3 (x, y, g, dh in, dx, dy out) and what is not
+    streams, of which the partial sums between kernels may stay in the cache. C is small here, so a tenth is
+    allowed for sectors of which only a part is used."""
+    spec = ConnectionSpec(num_streams=4, sinkhorn_iterations=2, shifted_pre=shifted_pre)
+    counted = traffic.chunked_bytes(CHANNELS, spec, torch.bfloat16, (64, 128))
+    n, row, tiles = 4, 2 * CHANNELS, launch.tiles_for("sm_90", 4, CHANNELS)
+    promises = {
+        "forward": ((2 * n + 2) * row, formula.forward(CHANNELS, spec, tiles, 2)),
+        "backward": ((3 * n + 3) * row, formula.backward(CHANNELS, spec, tiles, 2, token_splits=1)),
+    }
+    for name, (streams, moved) in promises.items():
+        assert streams <= counted[name] * row, name
+        assert counted[name] * row <= 1.1 * (streams + moved.coefficients + moved.partials), name
+
+
+def test_cache_model_counts_misses_and_write_backs() -> None:
+    """Oracle: by hand, for a cache of two sectors."""
+    cache = interpreted.CacheModel(2 * 32)
+    a, b, c = (np.arange(start, start + 32, 4) for start in (0, 32, 64))
+    for sector, store in ((a, False), (b, True), (a, False), (c, False), (b, False)):
+        cache.access(sector, store=store)
+    assert (cache.loaded_bytes, cache.stored_bytes) == (3 * 32, 32)  # b was written back and read again
+    cache.access(a, store=True)
+    cache.flush()
+    assert (cache.loaded_bytes, cache.stored_bytes) == (3 * 32, 2 * 32)
 
 
 @triton.jit
