@@ -21,6 +21,7 @@ from mhc_launcher.commands_data import data_app
 from mhc_launcher.commands_export import PASS_ON, export_command, generate_command
 from mhc_launcher.commands_observe import compare_command, report_command, top_command
 from mhc_launcher.commands_schedule import plan_command, schedule_command
+from mhc_launcher.commands_study import study_app
 from mhc_launcher.run_folder import finished
 from mhc_launcher.start_options import Launcher, StartOptions, checked
 
@@ -32,6 +33,7 @@ app = typer.Typer(
 )
 app.add_typer(data_app, name="data")
 app.add_typer(bench_app, name="bench")
+app.add_typer(study_app, name="study")
 
 ConfigPath = Annotated[
     Path, typer.Argument(metavar="CONFIG", help="A run's YAML file; examples are in configs/.")

@@ -1,0 +1,1 @@
+"""The paper's claims at a size that a small machine can check."""

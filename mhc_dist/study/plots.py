@@ -1,0 +1,68 @@
+"""Pictures of the studies."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+Curves = Mapping[str, Sequence[dict[str, Any]]]
+
+
+def plot_stability(curves: Curves, path: Path) -> Path:
+    """Loss, gradient norm, composite gain over steps and over depth; a line a seed, a colour a variant."""
+    figure = Figure(figsize=(11, 8), layout="constrained")
+    axes = figure.subplots(2, 3).ravel()
+    panels = (
+        ("loss", "Training loss, nats per token", False),
+        ("grad_norm", "Gradient norm", True),
+        ("forward_gain", "Composite Amax gain, forward", True),
+        ("backward_gain", "Composite Amax gain, backward", True),
+    )
+    for axis, (key, title, is_log) in zip(axes, panels, strict=False):
+        for colour, (name, parts) in enumerate(curves.items()):
+            for index, part in enumerate(parts):
+                if part[key]:
+                    steps, values = zip(*part[key], strict=True)
+                    _line(axis, steps, values, name, colour, index)
+        _finish(axis, title, "step", is_log=is_log)
+    for axis, direction in zip(axes[4:], ("forward", "backward"), strict=True):
+        for colour, (name, parts) in enumerate(curves.items()):
+            for index, part in enumerate(parts):
+                gains = part[f"depth_{direction}"]
+                if gains:
+                    _line(axis, range(1, len(gains) + 1), gains, name, colour, index)
+        _finish(axis, f"Gain of the first layers at the end, {direction}", "layers", is_log=True)
+    axes[0].legend(fontsize=8)
+    figure.savefig(path, dpi=110)
+    return path
+
+
+def plot_sinkhorn(curves: Mapping[str, Mapping[str, Sequence[float]]], path: Path) -> Path:
+    """Residual and composite gain over iterations, a line a case."""
+    figure = Figure(figsize=(11, 4), layout="constrained")
+    panels = (("column_residual", "Largest distance of a column sum from 1"), ("gain", "Composite Amax gain"))
+    for axis, (key, title) in zip(figure.subplots(1, 2), panels, strict=True):
+        for colour, (name, case) in enumerate(curves.items()):
+            _line(axis, case["iterations"], case[key], name, colour, 0)
+        _finish(axis, title, "Sinkhorn iterations", is_log=True)
+        axis.legend(fontsize=7)
+    figure.savefig(path, dpi=110)
+    return path
+
+
+def _line(
+    axis: Axes, x: Sequence[float] | range, y: Sequence[float], name: str, colour: int, index: int
+) -> None:
+    axis.plot(x, y, color=f"C{colour}", lw=1.2, alpha=0.8, label=name if index == 0 else None)
+
+
+def _finish(axis: Axes, title: str, unit: str, *, is_log: bool) -> None:
+    axis.set_title(title, fontsize=10)
+    axis.set_xlabel(unit)
+    if is_log:
+        axis.set_yscale("log")
+    axis.grid(alpha=0.3)

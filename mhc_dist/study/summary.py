@@ -1,0 +1,69 @@
+"""What the parts of the stability study say together. Standard library only."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+Parts = Mapping[str, Sequence[dict[str, Any]]]
+"""Results by variant, one for each seed."""
+
+NOISE_DEVIATIONS = 2.0
+"""A difference of mean losses counts when it exceeds so many standard errors of the two means."""
+
+
+def summarize(parts: Parts) -> dict[str, Any]:
+    """Losses and gains by variant, and the claims that can be checked from them."""
+    variants = {name: _variant(results) for name, results in parts.items()}
+    return {"variants": variants, "claims": _claims(parts, variants)}
+
+
+def _variant(results: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    validation = [result["validation_loss"] for result in results]
+    summary: dict[str, Any] = {
+        "seeds": len(results),
+        "validation_loss": statistics.mean(validation),
+        "validation_loss_deviation": statistics.stdev(validation) if len(validation) > 1 else None,
+        "largest_grad_norm": max(record["grad_norm"] for r in results for record in r["records"]),
+        "seconds": statistics.mean(result["seconds"] for result in results),
+    }
+    measured = [record for r in results for record in r["records"] if "forward_gain" in record]
+    for key in ("forward_gain", "backward_gain", "single_forward_gain", "single_backward_gain"):
+        summary[f"largest_{key}"] = max((record[key] for record in measured), default=None)
+    last = [[record for record in r["records"] if "forward_gain" in record][-1:] for r in results]
+    for key in ("forward_gain", "backward_gain"):
+        values = [records[0][key] for records in last if records]
+        summary[f"last_{key}"] = statistics.mean(values) if values else None
+    for key in ("row_residual", "column_residual"):
+        summary[f"largest_{key}"] = max((record[key] for record in measured), default=None)
+    return summary
+
+
+def _claims(parts: Parts, variants: Mapping[str, dict[str, Any]]) -> dict[str, Any]:
+    claims: dict[str, Any] = {}
+    if "mhc" in variants:
+        gain = _largest(variants["mhc"])
+        claims["mhc_gain_at_most_2"] = {"holds": gain <= 2.0, "largest_gain": gain}
+    if {"mhc", "hc"} <= variants.keys():
+        ratio = _largest(variants["hc"]) / _largest(variants["mhc"])
+        claims["hc_gain_above_10_times_mhc"] = {"holds": ratio > 10.0, "ratio": ratio}
+    if {"mhc", "residual"} <= variants.keys():
+        claims["mhc_loss_not_above_residual"] = _not_above(parts["mhc"], parts["residual"])
+    if {"mhc", "mhc_zero_bias"} <= variants.keys():
+        claims["identity_leaning_not_above_zero_bias"] = _not_above(parts["mhc"], parts["mhc_zero_bias"])
+    return claims
+
+
+def _largest(variant: dict[str, Any]) -> float:
+    return max(float(variant["largest_forward_gain"]), float(variant["largest_backward_gain"]))
+
+
+def _not_above(one: Sequence[dict[str, Any]], other: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """Whether the mean validation loss of `one` is at most the other's, up to the noise of seeds."""
+    losses = [[result["validation_loss"] for result in results] for results in (one, other)]
+    difference = statistics.mean(losses[0]) - statistics.mean(losses[1])
+    if min(map(len, losses)) < 2:
+        return {"holds": None, "difference": difference, "noise": None}
+    noise = NOISE_DEVIATIONS * sum(statistics.variance(some) / len(some) for some in losses) ** 0.5
+    return {"holds": difference <= noise, "difference": difference, "noise": noise}
