@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -15,6 +15,7 @@ from torch import Tensor
 from mhc_dist.config import RunConfig
 from mhc_dist.parallel.expert_exchange import ExpertExchange
 from mhc_dist.parallel.stage import Stage
+from mhc_dist.pipeline.action import Action
 from mhc_dist.pipeline.executor import Executor, Microbatch
 from mhc_dist.pipeline.hazards import Entry
 from mhc_dist.pipeline.recording import RecordedStreams, Recorder
@@ -25,6 +26,8 @@ from tests.small import random_sequences, small_config
 
 NUM_PIPELINE_RANKS = 2
 GROUP_SIZE = 2
+FEWEST = {"dualpipev": 4, "zbv": 3}
+"""Microbatches that fill two ranks, where two are too few."""
 
 
 def recorded_config(
@@ -36,7 +39,7 @@ def recorded_config(
 ) -> RunConfig:
     """As small as a model with all kinds of phases can be; its program is placed if there is a cluster."""
     if num_microbatches is None:
-        num_microbatches = 4 if schedule == "dualpipev" else 2
+        num_microbatches = FEWEST.get(schedule, 2)
     return small_config(
         model={
             "num_layers": 5,
@@ -103,8 +106,15 @@ class _Reducer:
                 parameter -= 1e-3 * parameter.grad
 
 
-def run_steps(config: RunConfig, rank: int, streams: Streams, num_steps: int = 1) -> dict[str, Tensor]:
-    """Parameters of pipeline rank `rank` after some steps."""
+def run_steps(
+    config: RunConfig,
+    rank: int,
+    streams: Streams,
+    num_steps: int = 1,
+    prepare: Callable[[Stage], None] | None = None,
+    on_action: Callable[[Action], None] | None = None,
+) -> dict[str, Tensor]:
+    """Parameters of pipeline rank `rank` after some steps; `prepare` is given the stage before the first."""
     group: Any = object()  # never looked into: transfers are a loopback
     exchange = ExpertExchange(config.model.num_experts, GROUP_SIZE, group, group, streams)
     programs = plan_run(config)
@@ -121,7 +131,9 @@ def run_steps(config: RunConfig, rank: int, streams: Streams, num_steps: int = 1
     microbatches = [
         Microbatch(tokens[i : i + 1], targets[i : i + 1]) for i in range(config.schedule.num_microbatches)
     ]
-    executor = Executor(rank, stage.by_index, transport, streams=streams)
+    executor = Executor(rank, stage.by_index, transport, on_action, streams=streams)
+    if prepare is not None:
+        prepare(stage)
     with loopback():
         for _ in range(num_steps):
             executor.run(programs.training, microbatches, _Reducer(stage))
