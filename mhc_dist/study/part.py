@@ -181,7 +181,7 @@ def _validation_loss(model: LanguageModel, config: RunConfig, tokens: TokenData)
     num_rows = config.sequences_per_step
     num_batches = config.train.validation_batches
     windows = ValidationWindows(tokens.validation, config.data.sequence_length, num_rows * num_batches)
-    losses = [
+    losses: list[float] = [
         model(*_tensors(windows.sequences(batch * num_rows, num_rows))).item() for batch in range(num_batches)
     ]
     return sum(losses) / num_batches
