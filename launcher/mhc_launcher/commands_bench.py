@@ -8,27 +8,36 @@ import sys
 
 import typer
 
-bench_app = typer.Typer(no_args_is_help=True, help="Measure whole steps; variants alternate within one run.")
+bench_app = typer.Typer(
+    no_args_is_help=True,
+    help="Measure whole steps, variants in turn within one run; figures go to results/ and end as JSON.",
+)
 
 PASS_ON = {"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []}
 
 
 @bench_app.command(context_settings=PASS_ON)
 def overlap(context: typer.Context) -> None:
-    """What placement hides of all-to-all and recomputation, on an emulated link (`--help` for options)."""
+    """How much of all-to-all and recomputation placement hides (`--help` for options)."""
     raise typer.Exit(_measure("mhc_dist.bench.overlap", context.args))
 
 
 @bench_app.command(context_settings=PASS_ON)
 def overhead(context: typer.Context) -> None:
-    """Time steps with hyper-connections against the plain residual (`--help` for options)."""
+    """Steps with hyper-connections against steps with the plain residual (`--help` for options)."""
     raise typer.Exit(_measure("mhc_dist.bench.overhead", context.args))
 
 
 @bench_app.command(context_settings=PASS_ON)
 def memory(context: typer.Context) -> None:
-    """Count what each recompute mode keeps for the backward, against the formula (`--help` for options)."""
+    """What each recompute mode keeps for the backward, against the formula (`--help` for options)."""
     raise typer.Exit(_measure("mhc_dist.bench.memory", context.args))
+
+
+@bench_app.command(context_settings=PASS_ON)
+def peers(context: typer.Context) -> None:
+    """The same layers under DeepSpeed's and torch's DualPipeV and ours (`--help` for options)."""
+    raise typer.Exit(_measure("mhc_dist.bench.peers", context.args))
 
 
 def _measure(module: str, arguments: list[str]) -> int:

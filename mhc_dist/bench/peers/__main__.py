@@ -20,6 +20,7 @@ from typing import Any
 from mhc_dist.bench.cell import run_ranks
 from mhc_dist.bench.command import Bench, Outcome
 from mhc_dist.bench.namespaces import MAX_RATE, ShapedNetwork
+from mhc_dist.bench.overrun import BOUND
 from mhc_dist.bench.peers.figures import OURS, OURS_MHC
 from mhc_dist.bench.peers.ranks import Plan, measure
 from mhc_dist.config import RunConfig
@@ -52,6 +53,12 @@ def measured(config: RunConfig, options: argparse.Namespace) -> Outcome:
             figures = run_ranks(measure, config, Plan(*arguments, network))
     else:
         figures = run_ranks(measure, config, Plan(*arguments))
+    if options.compute == "nominal" and figures["overrun"]["overrun_share"] > BOUND:
+        raise ValueError(
+            f"phases overran their nominal time by {figures['overrun']['overrun_share']:.1%}, more than"
+            f" {BOUND:.0%}: the processors are saturated and the figures not valid. Raise --slow-motion, lower"
+            " the model's sizes, or use a machine that does nothing else."
+        )
     stem = f"peers_{options.compute}" if options.link == "emulated" else f"peers_{options.link}"
     return Outcome(stem, f"{LINK[options.link]}; {COMPUTE[options.compute]}", figures, _table(figures))
 
