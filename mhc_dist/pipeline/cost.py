@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 from mhc_dist.pipeline.action import Action, ActionKind, Pass
 
@@ -68,7 +68,8 @@ class CostTable:
     """Costs of every action of a program. Keys of phases and exchanges are (chunk, item name).
 
     static_bytes[r]: parameters, gradients and optimizer state of rank r. reduce_seconds and step_seconds are
-    what is left exposed at the end of a step.
+    what is left exposed at the end of a step. overheads: what actions other than phases cost the rank's
+    thread by themselves, such as starting an exchange; nothing unless a run was measured.
     """
 
     phases: Mapping[tuple[int, str], PhaseCost]
@@ -77,6 +78,7 @@ class CostTable:
     reduce_seconds: float = 0.0
     step_seconds: float = 0.0
     static_bytes: tuple[int, ...] = ()
+    overheads: Mapping[ActionKind, float] = field(default_factory=dict)
 
     def seconds(self, action: Action) -> float:
         """How long `action` keeps its rank's compute busy; communication and bookkeeping take none."""
