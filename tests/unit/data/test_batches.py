@@ -109,3 +109,20 @@ def test_all_validation_windows_cover_the_split() -> None:
         ValueError, match=rf"asks for {num_windows + 1} sequences.* has {num_windows} windows"
     ):
         ValidationWindows(TOKENS, LENGTH, num_windows + 1)
+
+
+def test_a_run_continues_the_stream_with_another_batch_size() -> None:
+    """Oracle: one sequence after the other, as a run with batches of one takes them."""
+    stream = Batches(TOKENS, LENGTH, seed=5, sequences_per_step=1)
+    # Seven steps of 12 sequences, then five of 8, then skipping 16 that a rollback leaves behind.
+    smaller = Batches(TOKENS, LENGTH, seed=5, sequences_per_step=8, done=(7, 84))
+    skipping = Batches(TOKENS, LENGTH, seed=5, sequences_per_step=8, done=(12, 84 + 40 + 16))
+    for batches, step, position in (
+        (smaller, 7, 84),
+        (smaller, 9, 100),
+        (skipping, 12, 140),
+        (skipping, 13, 148),
+    ):
+        got = batches.sequences(step, 2, 3).inputs
+        want = [stream.sequences(position + 2 + row, 0, 1).inputs[0] for row in range(3)]
+        assert np.array_equal(got, want), (step, position)
