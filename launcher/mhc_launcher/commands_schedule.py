@@ -43,6 +43,7 @@ def schedule_command(
     from mhc_dist.pipeline.schedules.registry import make_schedule
     from mhc_dist.pipeline.unit_costs import UnitCosts, run_unit_costs
 
+    _check_folders(png=png, html=html, trace=trace)
     if recompute_cost < 0 or wire_cost < 0:
         raise ValueError(f"costs cannot be negative: recompute {recompute_cost}, wire {wire_cost}.")
     schedule = make_schedule(name, ranks, microbatches)
@@ -77,6 +78,15 @@ def schedule_command(
             "peak_live_microbatches": live,
         }
         typer.echo(json.dumps(content))
+
+
+def _check_folders(**outputs: Path | None) -> None:
+    """Before any work: what was asked for can be written."""
+    for option, path in outputs.items():
+        if path is not None and not path.parent.is_dir():
+            raise ValueError(
+                f"--{option} {path}: there is no folder {path.parent}. Create it, or name another."
+            )
 
 
 def _draw(shown: Shown, png: Path | None, html: Path | None, trace: Path | None) -> None:
@@ -126,6 +136,7 @@ def plan_command(
     from mhc_dist.plan.run_costs import calibration_from_trace
     from mhc_dist.plan.search import search
 
+    _check_folders(png=png, html=html, trace=trace)
     config = load_config(path, overrides or ())
     machine = Machine(load_cluster(cluster))
     num_devices = machine.cluster.num_devices if gpus is None else gpus

@@ -23,10 +23,10 @@ NUM_SIMULATED = 10
 """Layouts that are placed and simulated; the others are ruled out by their estimate. Every schedule gets at
 least one, so that none is judged by a guess alone."""
 
-NUM_RECUT = 4
+NUM_RECUT = 3
 """Of the best layouts, how many are simulated with other chunk boundaries too."""
 
-NUM_SHIFTS = 12
+NUM_SHIFTS = 8
 """Simulated steps that are spent on shifting boundaries of the best layout, one layer at a time."""
 
 MOST_SEQUENCES = 8

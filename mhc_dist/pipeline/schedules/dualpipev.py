@@ -13,10 +13,11 @@ from mhc_dist.pipeline.schedules.writer import SlotWriter
 def dualpipev(num_ranks: int, num_microbatches: int) -> CoarseSchedule:
     """Needs at least 2P microbatches; with fewer the paired phase would be empty on some ranks."""
     if num_microbatches < 2 * num_ranks:
+        most = num_microbatches // 2
         raise ValueError(
             f"num_microbatches={num_microbatches} is less than 2*num_ranks={2 * num_ranks}: dualpipev would"
-            f" leave ranks idle. Raise schedule.num_microbatches to at least {2 * num_ranks} or lower"
-            f" parallel.pipeline to at most {num_microbatches // 2}."
+            f" leave ranks idle. Raise schedule.num_microbatches to at least {2 * num_ranks}"
+            + (f" or lower parallel.pipeline to at most {most}." if most else ", or use 1f1b.")
         )
     ranks: list[tuple[Slot, ...]] = []
     for rank in range(num_ranks):

@@ -79,6 +79,8 @@ def test_command_prints_figures_and_draws(tmp_path: Path) -> None:
         (["2f2b"], "Known schedules: 1f1b"),
         (["dualpipev", "--ranks", "4", "--microbatches", "4"], "at least 8"),
         (["1f1b", "--recompute-cost", "-1"], "cannot be negative"),
+        (["1f1b", "--png", "nowhere/at/all.png"], "there is no folder nowhere/at"),
+        (["dualpipev", "--ranks", "2", "--microbatches", "1"], "to at least 4, or use 1f1b"),
     ],
 )
 def test_command_refuses_bad_input(arguments: list[str], reason: str) -> None:
