@@ -56,8 +56,8 @@ def measured(config: RunConfig, options: argparse.Namespace) -> Outcome:
     if options.compute == "nominal" and figures["overrun"]["overrun_share"] > BOUND:
         raise ValueError(
             f"phases overran their nominal time by {figures['overrun']['overrun_share']:.1%}, more than"
-            f" {BOUND:.0%}: the processors are saturated and the figures not valid. Raise --slow-motion, lower"
-            " the model's sizes, or use a machine that does nothing else."
+            f" {BOUND:.0%}: processors are saturated and the figures not valid. Raise --slow-motion, lower the"
+            " sizes, or use a machine that does nothing else."
         )
     stem = f"peers_{options.compute}" if options.link == "emulated" else f"peers_{options.link}"
     return Outcome(stem, f"{LINK[options.link]}; {COMPUTE[options.compute]}", figures, _table(figures))
@@ -74,6 +74,11 @@ def _check(config: RunConfig, options: argparse.Namespace) -> None:
         raise ValueError(
             f"parallel.pipeline={parallel.pipeline} with real compute: that is measured on one pipeline rank."
             " Set parallel.pipeline=1 or pass --compute nominal."
+        )
+    if config.residual.shifted_pre:
+        raise ValueError(
+            "residual.shifted_pre: streams then travel with coefficients in disguise, which the peers' engines"
+            " cannot differentiate. Set residual.shifted_pre=false."
         )
     if options.link == "veth" and options.compute != "real":
         raise ValueError("--link veth goes with --compute real: in slow motion a rate would mean nothing.")

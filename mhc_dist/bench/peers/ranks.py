@@ -90,7 +90,7 @@ def measure(rank: int, store: str, config: RunConfig, plan: Plan, result: Path) 
     link = link_for(costs["none"], payloads, plain["none"], plan.ratio)
     turns = _engines(plan, cell, costs, payloads, link)
     # Before anything is slowed down: all engines compute the same, and how much they hold meanwhile.
-    _check_equal({name: turn.engine for name, turn in turns.items()})
+    check_equal({name: turn.engine for name, turn in turns.items()})
     for turn in turns.values():
         turn.peak_bytes = _peak_bytes(turn.engine)
 
@@ -212,7 +212,7 @@ def _peak_bytes(engine: Engine) -> int:
     return int(largest)
 
 
-def _check_equal(engines: Mapping[str, Engine]) -> None:
+def check_equal(engines: Mapping[str, Engine]) -> None:
     """Run every engine once; all losses and gradients must be those of the first.
 
     Raises RuntimeError that names the engine and what differs.
@@ -230,7 +230,9 @@ def _check_equal(engines: Mapping[str, Engine]) -> None:
                 f"{name} has other losses or gradients than {first}: {len(losses)} and {len(want_losses)}"
                 f" losses, gradients of one alone: {sorted(got.keys() ^ want.keys())}"
             )
-        worst, difference = max(_differences(losses, want_losses, got, want), key=lambda found: found[1])
+        found = _differences(losses, want_losses, got, want)
+        # A difference that is not a number is no smaller than any other.
+        worst, difference = max(found, key=lambda one: (not one[1] <= TOLERANCE, one[1]))
         if not difference <= TOLERANCE:
             raise RuntimeError(
                 f"{name} computes another {worst} than {first}: they differ by {difference:.2g} of its"
