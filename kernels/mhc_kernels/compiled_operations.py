@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any, cast
 
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_map_only
 
 from mhc_kernels import token_last, whole_tensor
 from mhc_kernels.seam_function import InputGradients, SeamForward, SeamGradients, Update
@@ -20,20 +22,29 @@ def why_unavailable() -> str | None:
     return "torch.compile needs g++, clang++ or c++ and finds none on PATH: install one or use `cpu`"
 
 
+def _compiled(formula: Callable[..., Any]) -> Callable[..., Any]:
+    """`formula` through torch.compile, given detached tensors: whether an argument is a parameter or needs a
+    gradient would otherwise make training, evaluation and recompute compile each for itself."""
+    compiled = torch.compile(formula, fullgraph=True)
+
+    def call(*arguments: Any) -> Any:
+        return compiled(*tree_map_only(Tensor, Tensor.detach, arguments))
+
+    return call
+
+
 class CompiledOperations:
     """Each formula of whole_tensor is one compiled graph; between them stand the coefficients."""
 
     def __init__(self) -> None:
-        self._update = torch.compile(whole_tensor.update, fullgraph=True)
-        self._update_backward = torch.compile(whole_tensor.update_backward, fullgraph=True)
-        self._project = torch.compile(whole_tensor.project, fullgraph=True)
-        self._collapse_and_norm = torch.compile(whole_tensor.collapse_and_norm, fullgraph=True)
-        self._collapse_and_norm_backward = torch.compile(
-            whole_tensor.collapse_and_norm_backward, fullgraph=True
-        )
-        self._total_gradient = torch.compile(whole_tensor.total_gradient, fullgraph=True)
-        self._weighted_sum = torch.compile(whole_tensor.weighted_sum, fullgraph=True)
-        self._scale = torch.compile(whole_tensor.scale, fullgraph=True)
+        self._update = _compiled(whole_tensor.update)
+        self._update_backward = _compiled(whole_tensor.update_backward)
+        self._project = _compiled(whole_tensor.project)
+        self._collapse_and_norm = _compiled(whole_tensor.collapse_and_norm)
+        self._collapse_and_norm_backward = _compiled(whole_tensor.collapse_and_norm_backward)
+        self._total_gradient = _compiled(whole_tensor.total_gradient)
+        self._weighted_sum = _compiled(whole_tensor.weighted_sum)
+        self._scale = _compiled(whole_tensor.scale)
 
     def seam_forward(
         self,
@@ -98,15 +109,16 @@ class CompiledOperations:
         return InputGradients(*ahead, routed.carried_TN, *behind)
 
     def update_forward(self, streams_TNC: Tensor, update: Update) -> Tensor:
-        return self._update(streams_TNC, update)
+        return cast(Tensor, self._update(streams_TNC, update))
 
     def update_backward(
         self, streams_TNC: Tensor, update: Update, gradient_TNC: Tensor
     ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-        return self._update_backward(streams_TNC, update, gradient_TNC)
+        d_streams_TNC, d_y_TC, d_post_TN, d_res_TNN = self._update_backward(streams_TNC, update, gradient_TNC)
+        return d_streams_TNC, d_y_TC, d_post_TN, d_res_TNN
 
     def collapse_forward(self, streams_TNC: Tensor, pre_TN: Tensor) -> Tensor:
-        return self._weighted_sum(pre_TN, streams_TNC).to(streams_TNC.dtype)
+        return cast(Tensor, self._weighted_sum(pre_TN, streams_TNC)).to(streams_TNC.dtype)
 
     def collapse_backward(
         self, streams_TNC: Tensor, pre_TN: Tensor, gradient_TC: Tensor

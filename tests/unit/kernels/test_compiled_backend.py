@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from mhc_kernels import compiled_operations, whole_tensor
 from mhc_kernels.compiled_operations import CompiledOperations
+from mhc_kernels.cpu_operations import CpuOperations
 from mhc_kernels.function_backend import FunctionBackend
 from mhc_kernels.seam import ConnectionSpec, make_backend
+from mhc_kernels.warm_up import may_take_seconds, warm_up
 
 from tests.unit.kernels.seam_cases import (
     ALL_SPECS,
@@ -21,14 +25,14 @@ from tests.unit.kernels.seam_cases import (
 )
 
 
-def uncompiled_backend() -> FunctionBackend:
+def uncompiled_backend(name: str = "uncompiled") -> FunctionBackend:
     """The compiled backend's own formulas without the compiler."""
     operations = CompiledOperations()
-    for name in ("update", "update_backward", "project", "collapse_and_norm", "collapse_and_norm_backward"):
-        setattr(operations, f"_{name}", getattr(whole_tensor, name))
-    for name in ("total_gradient", "weighted_sum", "scale"):
-        setattr(operations, f"_{name}", getattr(whole_tensor, name))
-    return FunctionBackend("uncompiled", operations, lambda _: None)
+    for formula in ("update", "update_backward", "project", "collapse_and_norm"):
+        setattr(operations, f"_{formula}", getattr(whole_tensor, formula))
+    for formula in ("collapse_and_norm_backward", "total_gradient", "weighted_sum", "scale"):
+        setattr(operations, f"_{formula}", getattr(whole_tensor, formula))
+    return FunctionBackend(name, operations, lambda _: None)
 
 
 @pytest.mark.parametrize("spec", ALL_SPECS, ids=str)
@@ -82,3 +86,40 @@ def test_compiled_equals_the_fp64_reference_and_recomputes_bit_equal() -> None:
     for seam, regenerated in zip(seams, again, strict=True):
         assert torch.equal(seam.streams_TNC, regenerated.streams_TNC)
         assert torch.equal(seam.h_TC, regenerated.h_TC)
+
+
+@pytest.mark.long
+@pytest.mark.timeout(1200)
+def test_after_warming_up_nothing_compiles() -> None:
+    """Oracle: torch, told to raise when it has to compile: training, evaluation and recompute at the shapes
+    that were announced, with parameters as a model has them."""
+    backend = make_backend("compiled")
+    spec = ConnectionSpec(num_streams=4)
+    warm_up(backend, spec, 24, 64, torch.bfloat16, torch.device("cpu"))
+    inputs = make_inputs(Case(24, 64, spec), torch.bfloat16, sublayers=3)
+    for index, connection in enumerate(inputs.connections):
+        owned = {name: torch.nn.Parameter(getattr(connection, name)) for name in connection._fields[:4]}
+        inputs.connections[index] = connection._replace(**owned)
+    with torch.compiler.set_stance("fail_on_recompile"):
+        gradients(backend, inputs)
+        with torch.no_grad():
+            _, seams = chain(backend, inputs)
+        backend.recompute_block(inputs.streams_TNC.detach(), kept_of(inputs, seams))
+
+
+@pytest.mark.parametrize("shifted_pre", [False, True])
+def test_warming_up_uses_every_operation(shifted_pre: bool) -> None:
+    """Oracle: the list of operations of a seam; the plain backend's are counted while it warms up."""
+    used: set[str] = set()
+
+    class Counting(CpuOperations):
+        def __getattribute__(self, name: str) -> Any:
+            used.add(name)
+            return super().__getattribute__(name)
+
+    backend = FunctionBackend("counting", Counting(), lambda _: None)
+    spec = ConnectionSpec(num_streams=4, shifted_pre=shifted_pre)
+    warm_up(backend, spec, 5, 32, torch.float32, torch.device("cpu"))
+    assert used >= {name for name in dir(CpuOperations) if not name.startswith("_")}
+    assert may_take_seconds(backend) == 0.0
+    assert may_take_seconds(uncompiled_backend("compiled")) > 60.0

@@ -1,0 +1,62 @@
+"""Use everything once that compiles at first use, before anyone waits for it.
+
+`compiled` compiles its formulas and `triton` its kernels when they first meet a shape: seconds to minutes,
+inside what looks like the first training step. A run calls `warm_up` with its shapes before that step, and
+tells its watchdog `may_take_seconds`.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from mhc_kernels.spec import Connection, ConnectionSpec, Kept, SeamBackend
+
+MAY_TAKE_SECONDS = {"compiled": 900.0, "triton": 900.0}
+"""Upper bounds for a loaded machine with an empty compiler cache; measured: 5 s on a quiet one, 2 minutes on a busy one."""
+
+
+def may_take_seconds(backend: SeamBackend) -> float:
+    """How long `warm_up` may take; 0 for a backend that compiles nothing."""
+    return MAY_TAKE_SECONDS.get(backend.name, 0.0)
+
+
+def warm_up(
+    backend: SeamBackend,
+    spec: ConnectionSpec,
+    num_tokens: int,
+    channels: int,
+    dtype: torch.dtype,
+    device: torch.device,
+) -> None:
+    """open, cross, close and collapse, forward and backward, and a recompute block, on streams of ones."""
+    n, m = spec.num_streams, spec.num_coefficients
+
+    def ones(*shape: int, into: torch.dtype = torch.float32) -> Tensor:
+        return torch.ones(shape, dtype=into, device=device, requires_grad=True)
+
+    connection = Connection(ones(m, n * channels), ones(3), ones(m), ones(channels), spec)
+    x_TNC = ones(num_tokens, n, channels, into=dtype)
+    with torch.enable_grad():
+        first = backend.open(x_TNC, connection)
+        carried = first.pre_TN if spec.shifted_pre else None
+        second = backend.cross(
+            first.streams_TNC, first.h_TC, first.post_TN, first.res_TNN, connection, carried
+        )
+        end_TNC = backend.close(second.streams_TNC, second.h_TC, second.post_TN, second.res_TNN)
+        collapsed_TC = backend.collapse(end_TNC, ones(num_tokens, n))
+        torch.autograd.grad(collapsed_TC.float().sum(), x_TNC)
+    kept = [
+        Kept(
+            seam.pre_TN.detach(),
+            seam.rstd_T,
+            connection.gain_C.detach(),
+            seam.post_TN.detach(),
+            None if seam.res_TNN is None else seam.res_TNN.detach(),
+            seam.h_TC.detach(),
+        )
+        for seam in (first, second)
+    ]
+    backend.recompute_block(x_TNC.detach(), kept)
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
