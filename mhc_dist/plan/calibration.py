@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
 
+from mhc_dist.pipeline.action import ActionKind
 from mhc_dist.pipeline.cost import CostTable, ExchangeCost, PhaseCost
 
 
 @dataclass(frozen=True)
 class Calibration:
-    """Factors on predicted seconds; 1 where the trace says nothing. Keys: (kind of item, half)."""
+    """Factors on predicted seconds; 1 where the trace says nothing. Keys: (kind of item, half). overheads:
+    seconds that actions other than phases take of the thread by themselves, as measured.
+    """
 
     factors: dict[tuple[str, str], float]
+    overheads: Mapping[ActionKind, float] = field(default_factory=dict)
 
     def factor(self, name: str, half: str) -> float:
         return self.factors.get((kind_of(name), half), 1.0)
@@ -25,6 +29,7 @@ class Calibration:
             exchanges={key: self._exchange(key[1], cost) for key, cost in costs.exchanges.items()},
             message=replace(costs.message, seconds=costs.message.seconds * self.factor("message", "message")),
             reduce_seconds=costs.reduce_seconds * self.factor("reduce", "reduce"),
+            overheads={**costs.overheads, **self.overheads},
         )
 
     def _phase(self, name: str, cost: PhaseCost) -> PhaseCost:
@@ -44,8 +49,10 @@ class Calibration:
         )
 
     def text(self) -> str:
-        """One line per factor."""
-        return "\n".join(f"  {kind} {half}: x{f:.3g}" for (kind, half), f in sorted(self.factors.items()))
+        """One line per factor and overhead."""
+        lines = [f"  {kind} {half}: x{f:.3g}" for (kind, half), f in sorted(self.factors.items())]
+        lines += [f"  {kind.value}: {seconds:.3g} s" for kind, seconds in sorted(self.overheads.items())]
+        return "\n".join(lines)
 
 
 PHASE_HALVES: dict[str, Callable[[PhaseCost], float]] = {
@@ -83,4 +90,5 @@ def compare(predicted: CostTable, measured: CostTable) -> Calibration:
             add(kind_of(key[1]), half, get_exchange(exchange), get_exchange(measured.exchanges[key]))
     add("message", "message", predicted.message.seconds, measured.message.seconds)
     add("reduce", "reduce", predicted.reduce_seconds, measured.reduce_seconds + measured.step_seconds)
-    return Calibration({key: after / before for key, (before, after) in sums.items() if before > 0})
+    factors = {key: after / before for key, (before, after) in sums.items() if before > 0}
+    return Calibration(factors, measured.overheads)

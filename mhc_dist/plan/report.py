@@ -93,8 +93,8 @@ def overhead_text(config: RunConfig, overhead: Overhead) -> str:
     ]
     lines += [f"  {name:<14}{part:+.2%}" for name, part in overhead.breakdown.items()]
     lines.append(
-        f"  the largest part is {overhead.dominant}; against the plain residual in the same layout, as published"
-        f" figures compare: {overhead.ratio_in_same_layout:+.2%}"
+        f"  the largest part is {overhead.dominant}; against the plain residual in the same layout, as"
+        f" published figures compare: {overhead.ratio_in_same_layout:+.2%}"
     )
     return "\n".join(lines)
 
