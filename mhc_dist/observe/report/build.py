@@ -9,6 +9,7 @@ from typing import Any
 from mhc_dist.observe.report.charts import (
     Chart,
     gain_chart,
+    layer_chart,
     line_chart,
     loss_chart,
     memory_chart,
@@ -32,6 +33,7 @@ def write_report(folder: Path) -> Path:
         loss_chart([run]),
         line_chart([run], "grad_norm", "Gradient norm", "norm", "Before clipping.", log=True),
         gain_chart(run),
+        layer_chart(run),
         phase_chart(run),
         timeline_chart(run),
         line_chart(

@@ -198,4 +198,34 @@ def gain_chart(run: RunRecord) -> Chart | None:
         "Of the product of all residual mixes (paper, section 5.4): largest row sum for signals going"
         " forward, largest column sum for gradients going back. mHC stays near 1."
     )
-    return Chart("amax-gain", "Amax gain", text, draw, height=2.8)
+    return Chart("amax-gain", "Amax gain of the whole model", text, draw, height=2.8)
+
+
+def layer_chart(run: RunRecord) -> Chart | None:
+    """Every sublayer's gain and Sinkhorn residual, as last measured."""
+    measured = [line for line in run.stability if line.get("kind") == "layers"]
+    if not measured:
+        return None
+    step = max(line["step"] for line in measured)
+    sublayers = sorted(
+        (one for line in measured if line["step"] == step for one in line["sublayers"]),
+        key=lambda one: one["sublayer"],
+    )
+
+    def draw(figure: Figure) -> None:
+        gains, residuals = figure.subplots(2, 1, sharex=True)
+        numbers = [one["sublayer"] for one in sublayers]
+        for index, direction in enumerate(("forward", "backward")):
+            values = [one[f"{direction}_gain"] for one in sublayers]
+            gains.plot(numbers, values, "o-", ms=3, lw=1.0, color=SERIES[index], label=direction)
+        for index, axis in enumerate(("row", "column")):
+            values = [max(one[f"{axis}_residual"], 1e-12) for one in sublayers]
+            residuals.plot(numbers, values, "o-", ms=3, lw=1.0, color=SERIES[index + 2], label=f"{axis}s")
+        residuals.set_yscale("log")
+        plain(gains, "gain", "")
+        plain(residuals, "distance from 1", "sublayer")
+        gains.legend(ncols=2)
+        residuals.legend(ncols=2)
+
+    text = f"After step {step}: each sublayer's own Amax gain, and how far its sums are from 1."
+    return Chart("sublayers", "Residual mixes, layer by layer", text, draw, height=3.6)

@@ -158,6 +158,23 @@ def test_thinning_keeps_the_spike() -> None:
     assert (steps[0], steps[-1]) == (0, 9_999)
 
 
+def test_stability_is_drawn_for_the_model_and_its_sublayers(tmp_path: Path) -> None:
+    """Oracle: the figures written into the stages' logs."""
+    run = make_run(tmp_path / "stable")
+    (run / "stability").mkdir()
+    for stage in range(2):
+        sublayer = {"sublayer": stage, "forward_gain": 1.0, "backward_gain": 1.1}
+        layers: dict[str, Any] = {"kind": "layers", "step": 20, "stage": stage}
+        layers["sublayers"] = [{**sublayer, "row_residual": 1e-6, "column_residual": 0.0}]
+        whole = {"kind": "composite", "step": 20, "stage": stage, "forward_gain": 1.0, "backward_gain": 1.1}
+        lines = f"{json.dumps(layers)}\n{json.dumps(whole)}\n"
+        (run / "stability" / f"stage_{stage}.jsonl").write_text(lines)
+    text = write_report(run).read_text()
+    assert "Amax gain of the whole model" in text
+    assert "After step 20" in text
+    assert {"amax-gain", "sublayers"} <= {path.stem for path in (run / "report").glob("*.png")}
+
+
 def test_gains_multiply_over_stages() -> None:
     """Oracle: by hand; a step that one stage has not recorded is left out."""
     lines = [
