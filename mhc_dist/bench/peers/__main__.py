@@ -53,11 +53,12 @@ def measured(config: RunConfig, options: argparse.Namespace) -> Outcome:
             figures = run_ranks(measure, config, Plan(*arguments, network))
     else:
         figures = run_ranks(measure, config, Plan(*arguments))
-    if options.compute == "nominal" and figures["overrun"]["overrun_share"] > BOUND:
+    late = figures["overrun"]["overrun_share"]
+    if late > BOUND:
         raise ValueError(
-            f"phases overran their nominal time by {figures['overrun']['overrun_share']:.1%}, more than"
-            f" {BOUND:.0%}: processors are saturated and the figures not valid. Raise --slow-motion, lower the"
-            " sizes, or use a machine that does nothing else."
+            f"phases overran their nominal time by {late:.1%}, more than {BOUND:.0%}: processors are saturated"
+            " and the figures not valid. Raise --slow-motion, lower the sizes, or use a machine that does"
+            " nothing else."
         )
     stem = f"peers_{options.compute}" if options.link == "emulated" else f"peers_{options.link}"
     return Outcome(stem, f"{LINK[options.link]}; {COMPUTE[options.compute]}", figures, _table(figures))
@@ -77,8 +78,8 @@ def _check(config: RunConfig, options: argparse.Namespace) -> None:
         )
     if config.residual.shifted_pre:
         raise ValueError(
-            "residual.shifted_pre: streams then travel with coefficients in disguise, which the peers' engines"
-            " cannot differentiate. Set residual.shifted_pre=false."
+            "residual.shifted_pre=true: streams then travel with coefficients in disguise, which the peers'"
+            " engines cannot differentiate. Set residual.shifted_pre=false."
         )
     if options.link == "veth" and options.compute != "real":
         raise ValueError("--link veth goes with --compute real: in slow motion a rate would mean nothing.")

@@ -10,7 +10,7 @@ from mhc_dist.bench.peers.ratio import paired_ratio
 
 
 def coverage_by_counting(count: int, k: int) -> float:
-    """Share of equally likely outcomes in which the median lies between the k-th smallest and k-th largest."""
+    """Share of equally likely outcomes that have the median between the k-th smallest and k-th largest."""
     outcomes = [sum(below) for below in product((0, 1), repeat=count)]
     return sum(k <= below <= count - k for below in outcomes) / len(outcomes)
 
