@@ -81,7 +81,7 @@ def exchange(rank: int, network: ShapedNetwork, folder: Path) -> None:
 @needs_namespaces
 @pytest.mark.needs_root
 def test_exchange_takes_the_time_of_the_rate_and_hides_behind_compute(tmp_path: Path) -> None:
-    """Oracle: bytes over rate. A burst may pass at once; other work on the machine can only make it longer."""
+    """Oracle: bytes over rate. Some may pass at once; other work on the machine only makes it longer."""
     with ShapedNetwork(2, RATE) as network:
         torch.multiprocessing.start_processes(  # type: ignore[no-untyped-call]
             exchange, (network, tmp_path), nprocs=2, start_method="fork"
@@ -98,10 +98,14 @@ def test_exchange_takes_the_time_of_the_rate_and_hides_behind_compute(tmp_path: 
 @pytest.mark.needs_root
 def test_nothing_is_left_when_what_runs_inside_fails() -> None:
     """Oracle: the kernel's list of namespaces."""
-    network = ShapedNetwork(2, RATE)
-    with pytest.raises(RankFailedError), network:
-        assert len(own_namespaces()) == 3
-        raise RankFailedError("a rank failed")
+
+    def fail() -> None:
+        with ShapedNetwork(2, RATE):
+            assert len(own_namespaces()) == 3
+            raise RankFailedError("a rank failed")
+
+    with pytest.raises(RankFailedError):
+        fail()
     assert not own_namespaces()
 
 
@@ -158,7 +162,7 @@ def test_link_of_a_rate() -> None:
 def test_missing_tools_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
     """Oracle: a search path without them."""
     monkeypatch.setenv("PATH", "")
-    with pytest.raises(ValueError, match="ip and tc.*apt-get install iproute2"):
+    with pytest.raises(ValueError, match=r"ip and tc, which this machine lacks.*apt-get install iproute2"):
         check_available()
 
 

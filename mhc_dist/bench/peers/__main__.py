@@ -56,9 +56,9 @@ def measured(config: RunConfig, options: argparse.Namespace) -> Outcome:
     late = figures["overrun"]["overrun_share"]
     if late > BOUND:
         raise ValueError(
-            f"phases overran their nominal time by {late:.1%}, more than {BOUND:.0%}: processors are saturated"
-            " and the figures not valid. Raise --slow-motion, lower the sizes, or use a machine that does"
-            " nothing else."
+            f"phases overran their nominal time by {late:.1%}, more than {BOUND:.0%}: the processors are"
+            " saturated and the figures not valid. Raise --slow-motion, lower sizes, or use a machine that"
+            " does nothing else."
         )
     stem = f"peers_{options.compute}" if options.link == "emulated" else f"peers_{options.link}"
     return Outcome(stem, f"{LINK[options.link]}; {COMPUTE[options.compute]}", figures, _table(figures))
