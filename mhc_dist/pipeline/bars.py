@@ -16,14 +16,26 @@ COLOURS = {
     ActionKind.STEP: "#9d755d",
     ActionKind.ISSUE: "#bab0ac",
     ActionKind.SEND: "#72b7b2",
+    ActionKind.WAIT: "#e45756",
+    ActionKind.ARRIVE: "#f0efec",
 }
 """Colour per kind; ISSUE stands for exchanges in flight, SEND for transfers between pipeline ranks."""
+
+LIGHTER = {
+    ActionKind.COMPUTE: "#9ecae9",
+    ActionKind.GRADIENT: "#a7d8a0",
+    ActionKind.WEIGHT: "#fbd49b",
+    ActionKind.RECOMPUTE: "#dcb8d2",
+}
+"""The same for every chunk of a rank but its first: in a V, the way back up."""
 
 MEANINGS = {
     ActionKind.COMPUTE: "forward",
     ActionKind.GRADIENT: "backward (input gradient, or whole)",
     ActionKind.WEIGHT: "weight gradient",
     ActionKind.RECOMPUTE: "recompute",
+    ActionKind.WAIT: "waits for an all-to-all",
+    ActionKind.ARRIVE: "waits for a neighbour",
     ActionKind.ISSUE: "all-to-all in flight",
     ActionKind.SEND: "transfer to a neighbour",
 }
@@ -31,27 +43,37 @@ MEANINGS = {
 
 @dataclass(frozen=True, slots=True)
 class Bar:
-    """One rectangle. `lane` is "compute" or the name of a communication lane."""
+    """One rectangle. `lane` is "compute" or the name of a communication lane. first_chunk: its chunk is the
+    first that the rank holds.
+    """
 
     rank: int
     lane: str
     action: Action
     start: float
     end: float
+    first_chunk: bool = True
 
     @property
     def colour(self) -> str:
-        return COLOURS[self.action.kind]
+        kind = self.action.kind
+        return COLOURS[kind] if self.first_chunk else LIGHTER.get(kind, COLOURS[kind])
+
+    @property
+    def label(self) -> str:
+        """The microbatch, on what computes."""
+        return str(self.action.microbatch) if self.action.kind in LIGHTER else ""
 
 
 def bars(simulation: Simulation) -> list[Bar]:
     """All bars with a length, rank by rank, in order of time."""
     result: list[Bar] = []
     for rank, timeline in enumerate(simulation.ranks):
+        first = min((a.action.chunk for a in timeline.actions if a.action.kind in LIGHTER), default=-1)
         for done in timeline.actions:
-            waits = done.action.kind in (ActionKind.WAIT, ActionKind.ARRIVE)
-            if done.end > done.start and not waits:
-                result.append(Bar(rank, "compute", done.action, done.start, done.end))
+            if done.end > done.start:
+                in_first = done.action.chunk == first
+                result.append(Bar(rank, "compute", done.action, done.start, done.end, in_first))
         result += [
             Bar(rank, flight.lane, flight.action, flight.start, flight.end)
             for flight in timeline.flights

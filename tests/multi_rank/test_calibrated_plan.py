@@ -49,9 +49,9 @@ def traced_run(rank: int, config: RunConfig, folder: Path) -> list[float]:
 def test_a_calibrated_simulation_takes_as_long_as_the_run(
     schedule: str, pipeline: int, data: int, tmp_path: Path
 ) -> None:
-    """Oracle: the clock of the run itself. The fastest step, which the rest of the machine disturbed least, and
-    the trace of that very step: they agree within a factor of 1.6, quiet or busy, and the trace brings the
-    simulated step nearer than the cluster file alone.
+    """Oracle: the clock of the run itself. The fastest step, which the rest of the machine disturbed least,
+    and the trace of that very step: they agree within a factor of 1.6, quiet or busy, and the trace brings
+    the simulated step nearer than the cluster file alone.
     """
     config = small_config(
         model={"num_layers": 4, "hidden_size": 64},
