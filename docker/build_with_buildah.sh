@@ -49,5 +49,5 @@ for folder in ${PIP_FIND_LINKS:-}; do
 done
 
 # The format of Docker: the other one knows no health check.
-build build --isolation chroot --format docker --layers --quiet "${settings[@]}" "$@" \
+build build --isolation chroot --format docker --quiet "${settings[@]}" "$@" \
     --file docker/Dockerfile.cpu --tag "${image}" .

@@ -17,6 +17,7 @@ from mhc_dist.config import RunConfig, dump_config, load_config
 from mhc_dist.guard.exit_codes import ExitCode
 from mhc_launcher.commands_bench import bench_app
 from mhc_launcher.commands_checkpoint import inspect_command
+from mhc_launcher.commands_cluster import k8s_app, preflight_command, slurm_app
 from mhc_launcher.commands_data import data_app
 from mhc_launcher.commands_export import PASS_ON, export_command, generate_command
 from mhc_launcher.commands_observe import compare_command, report_command, top_command
@@ -33,6 +34,8 @@ app = typer.Typer(
 )
 app.add_typer(data_app, name="data")
 app.add_typer(bench_app, name="bench")
+app.add_typer(k8s_app, name="k8s")
+app.add_typer(slurm_app, name="slurm")
 app.add_typer(study_app, name="study")
 
 ConfigPath = Annotated[
@@ -142,6 +145,7 @@ def train(
 app.command("inspect")(inspect_command)
 app.command("schedule")(schedule_command)
 app.command("plan")(plan_command)
+app.command("preflight", context_settings=PASS_ON)(preflight_command)
 app.command("top")(top_command)
 app.command("report")(report_command)
 app.command("compare")(compare_command)

@@ -9,6 +9,7 @@ The namespaces' names begin with mhcl- and this process's id, so several of thes
 
 from __future__ import annotations
 
+import itertools
 import os
 import subprocess
 import tempfile
@@ -24,6 +25,9 @@ import psutil
 
 NETWORK = "10.254.77"
 """Nothing leaves the machine: the bridge has a namespace of its own and no way out."""
+
+
+_numbers = itertools.count()
 
 
 def ip(*arguments: str) -> None:
@@ -113,7 +117,8 @@ class Hosts:
 
     def __enter__(self) -> Self:
         with ExitStack() as opening:
-            prefix = f"mhcl-{os.getpid()}"
+            # Several of these may be open at once; a namespace's name is at most a file name long.
+            prefix = f"mhcl-{os.getpid()}-{next(_numbers)}"
             hub = self._namespace(opening, f"{prefix}-hub")
             ip("-n", hub, "link", "add", "bridge", "type", "bridge")
             ip("-n", hub, "link", "set", "bridge", "up")

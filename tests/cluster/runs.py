@@ -66,9 +66,9 @@ def processes_of(output: Path) -> list[psutil.Process]:
     """Everything on this machine whose command line names the run's folder."""
     found = []
     for process in psutil.process_iter(["cmdline", "status"]):
-        if process.info["status"] != psutil.STATUS_ZOMBIE:
-            if str(output) in " ".join(process.info["cmdline"] or ()):
-                found.append(process)
+        ended = process.info["status"] == psutil.STATUS_ZOMBIE
+        if not ended and str(output) in " ".join(process.info["cmdline"] or ()):
+            found.append(process)
     return found
 
 

@@ -1,0 +1,1 @@
+"""Manifests that start a run on a Kubernetes cluster, as plain data."""
