@@ -43,6 +43,9 @@ REMOTE_FAILURE_GRACE_SECONDS = 5.0
 LINGER_SECONDS = 3.0
 CLOSE_SECONDS = 10.0
 
+ECHOES = (RuntimeError, OSError)
+"""What communication raises: perhaps the consequence of another rank's death."""
+
 # What TCPStore and FileStore raise when their other end is gone.
 STORE_ERRORS = (RuntimeError, OSError)
 
@@ -293,6 +296,9 @@ class PeerWatch:
             match notice.kind:
                 case NoticeKind.STOP:
                     self._accept_stop(notice.text)
+                case NoticeKind.FAILED if self._error is not None and not isinstance(self._error, ECHOES):
+                    # Ranks that find the same mistake find it at once, and each ends with its own code.
+                    continue
                 case NoticeKind.DIED | NoticeKind.FAILED | NoticeKind.STUCK:
                     self._end(notice)
 
@@ -383,7 +389,7 @@ class PeerWatch:
     def _hold_back(self, error: BaseException) -> _Failure:
         """Errors of a kind that communication raises may be an echo of another rank's death."""
         message = describe.error_message(error)
-        if not isinstance(error, (RuntimeError, OSError)) or self._world_size == 1:
+        if not isinstance(error, ECHOES) or self._world_size == 1:
             return _Failure(message, due=0.0)
         elsewhere = [rank for rank in self._others() if rank not in self._locals]
         if not elsewhere:
@@ -512,7 +518,7 @@ class PeerWatch:
         doing = f"This rank was in {current.action} for {time.monotonic() - current.since:.1f} s."
         end = f"Ending with exit code {code.value} ({code.name})."
         parts = text.split("\n", 1)
-        line = f"[rank {self._rank}] {parts[0]}{'' if parts[0].endswith(':') else '.'} {doing} {end}"
+        line = f"[rank {self._rank}] {parts[0]}{'' if parts[0].endswith((':', '.')) else '.'} {doing} {end}"
         if len(parts) == 2:
             line = f"[rank {self._rank}] {text}\n[rank {self._rank}] {doing} {end}"
         # One system call: lines of several ranks on one terminal stay whole, and no lock is needed that the

@@ -1,0 +1,192 @@
+"""Whole runs in which something breaks between ranks: who is named, in which action, with which exit code.
+
+Oracle: the rank and the action that the test breaks; the exit codes in the README; for unusual routing, the
+same run on a single process.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import mhc_dist.train
+from mhc_dist.config import RunConfig
+from mhc_dist.guard.exit_codes import ExitCode
+from mhc_dist.guard.peers import WatchLimits
+from mhc_dist.model.moe import Router
+from mhc_dist.observe.run_log import LOG_FILE, read_log
+from mhc_dist.parallel.emulated_link import EmulatedLink
+from mhc_dist.parallel.expert_exchange import ExpertExchange
+from mhc_dist.pipeline.streams import Flight, HostStreams
+from mhc_dist.plan.run_programs import RunPrograms, plan_run
+from tests.multi_rank.forked_run import ForkedRun, run_to_end, write_corpus
+from tests.small import small_config
+
+TIMEOUT_SECONDS = 6.0
+STEPS = 4
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_corpus(tmp_path_factory.mktemp("corpus") / "text")
+
+
+def run_config(folder: Path, corpus: Path, sizes: tuple[int, int, int], **sections: Any) -> RunConfig:
+    pipeline, data, expert = sizes
+    return small_config(
+        model={"num_layers": 3, "vocab_size": 256, **sections.pop("model", {})},
+        parallel={"pipeline": pipeline, "data": data, "expert": expert},
+        schedule={"name": "1f1b", "num_microbatches": 4 // data},
+        data={"corpus": str(corpus)},
+        train={
+            "name": "run",
+            "output": str(folder),
+            "steps": sections.pop("steps", STEPS),
+            "backend": "gloo",
+            "validate_every": 0,
+            "validation_batches": 1,
+            "timeout_seconds": TIMEOUT_SECONDS,
+        },
+        observe={"metrics_port": 0},
+        **sections,
+    )
+
+
+def die_in(lane: str) -> Callable[[int], None]:
+    """Rank 1 is killed while one of its transfers on `lane` is under way, once it has told how it fares."""
+
+    def prepare(rank: int) -> None:
+        if rank != 1:
+            return
+        real = HostStreams.transfer
+        first: float | None = None
+
+        def transfer(self: HostStreams, on: str, start: Any, buffers: Any) -> Flight:
+            nonlocal first
+            flight = real(self, on, start, buffers)
+            first = first or time.monotonic()
+            if on == lane and time.monotonic() - first > 4 * WatchLimits().heartbeat_seconds:
+                os.kill(os.getpid(), signal.SIGKILL)
+            return flight
+
+        HostStreams.transfer = transfer  # type: ignore[method-assign]
+
+    return prepare
+
+
+@pytest.mark.parametrize(
+    ("sizes", "lane", "waiting"),
+    [
+        ((1, 2, 2), "exchange F", r"(wait|issue)\.F c0 m\d (counts|dispatch|combine)\.\d"),
+        ((1, 2, 2), "exchange B", r"(wait|issue)\.B c0 m\d (dispatch|combine)\.\d"),
+        ((2, 1, 1), "message 1>0", r"arrive\.B c0 m\d rank1"),
+    ],
+    ids=["forward exchange", "backward exchange", "message"],
+)
+def test_a_rank_killed_in_the_middle_of_a_transfer_is_named(
+    sizes: tuple[int, int, int], lane: str, waiting: str, corpus: Path, tmp_path: Path
+) -> None:
+    """The dead rank's last action is as old as its last heartbeat; what the survivor waits in is exact."""
+    config = run_config(tmp_path, corpus, sizes, steps=100_000)
+    run = ForkedRun(config, prepare=die_in(lane))
+    began = time.monotonic()
+    codes = run.wait()
+    output = run.output.read_text()
+    assert codes == [ExitCode.PEER_DIED, -signal.SIGKILL], output
+    assert time.monotonic() - began < 60
+    (line,) = re.findall(r"^\[rank 0\] rank 1 .*$", output, re.MULTILINE)
+    assert re.search(r"died: its process is gone\. Last known action: \S+( c\d m\d.*)?, begun", line), line
+    assert re.search(rf"This rank was in {waiting} for", line), line
+    assert "Traceback" not in output, output
+
+
+def test_a_link_that_stalls_ends_the_run_with_the_action_that_waits(corpus: Path, tmp_path: Path) -> None:
+    """A link that never delivers: what rank 1 sent last does not arrive within the timeout, nor ever."""
+
+    def prepare(rank: int) -> None:
+        real = ExpertExchange._landing
+        seen = 0
+
+        def landing(self: ExpertExchange, load: Any) -> Any:
+            nonlocal seen
+            seen += 1
+            if rank == 1 and seen == 9:
+                self.use_link(EmulatedLink(latency_seconds=1e6, bytes_per_second=1.0))
+            return real(self, load)
+
+        ExpertExchange._landing = landing  # type: ignore[method-assign]
+
+    run = ForkedRun(run_config(tmp_path, corpus, (1, 2, 2)), prepare=prepare)
+    codes = run.wait()
+    output = run.output.read_text()
+    assert codes == [ExitCode.STUCK, ExitCode.STUCK], output
+    stuck = re.search(r"no progress: rank (\d) has been in (\S+) c0 m\d (\S+) for (\d+\.\d) s", output)
+    assert stuck, output
+    assert stuck[2] in ("wait.F", "wait.B")
+    assert TIMEOUT_SECONDS <= float(stuck[4]) < 2 * TIMEOUT_SECONDS
+    # What every rank was doing: the stalled one waits for its exchange, the other for an exchange with it.
+    assert re.search(r"rank 1 \(.*\): wait\.[FB] c0 m\d \S+ for", output), output
+    assert re.search(r"rank 0 \(.*\): wait\.[FB] c0 m\d \S+ for", output), output
+
+
+def test_programs_that_differ_are_refused_before_the_first_step(corpus: Path, tmp_path: Path) -> None:
+    def prepare(rank: int) -> None:
+        def other_program(config: RunConfig) -> RunPrograms:
+            programs = plan_run(config)
+            first, second, *rest = programs.training.actions[0]
+            swapped = replace(programs.training, actions=((second, first, *rest),))
+            return programs._replace(training=swapped)
+
+        if rank == 1:
+            mhc_dist.train.plan_run = other_program
+
+    config = run_config(tmp_path, corpus, (1, 2, 2))
+    run = ForkedRun(config, prepare=prepare)
+    codes = run.wait()
+    output = run.output.read_text()
+    assert codes == [ExitCode.USAGE, ExitCode.USAGE], output
+    failure = (config.folder / "failure.json").read_text()
+    for part in ("ranks disagree on the program of a step", "rank 1 has", "Start all of them with the same"):
+        assert part in failure, (failure, output)
+    assert not (config.folder / LOG_FILE).exists(), "no step was made"
+
+
+def crowd(experts: tuple[int, ...]) -> Callable[[int], None]:
+    """Every router sends every token to `experts`, whatever balancing does."""
+
+    def prepare(rank: int) -> None:
+        real = Router.__init__
+
+        def __init__(self: Router, *arguments: Any) -> None:  # noqa: N807
+            real(self, *arguments)
+            self.bias_E[list(experts)] = 100.0
+
+        Router.__init__ = __init__  # type: ignore[method-assign]
+
+    return prepare
+
+
+def losses(config: RunConfig) -> list[float]:
+    return [record["loss"] for record in read_log(config.folder)]  # type: ignore[misc]
+
+
+@pytest.mark.parametrize("experts", [(0,), (6, 7)], ids=["one expert gets all", "rank 0 gets nothing"])
+def test_any_routing_trains_as_a_single_process_does(
+    experts: tuple[int, ...], corpus: Path, tmp_path: Path
+) -> None:
+    model = {"num_active_experts": len(experts)}
+    alone = run_config(tmp_path / "alone", corpus, (1, 1, 1), model=dict(model))
+    run_to_end(alone, prepare=crowd(experts))
+    spread = run_config(tmp_path / "spread", corpus, (1, 2, 2), model=dict(model))
+    run_to_end(spread, prepare=crowd(experts))
+    assert len(losses(spread)) == STEPS
+    torch.testing.assert_close(losses(spread), losses(alone), rtol=1e-6, atol=0.0)
