@@ -69,21 +69,26 @@ def test_experts_and_evaluation_are_valid(name: str) -> None:
 
 
 def small_programs() -> list[Program]:
+    """Every schedule, lowered; evaluation; and placed programs with recomputation."""
     programs = []
-    for name, num_ranks, num_microbatches in [("1f1b", 2, 2), ("dualpipev", 2, 4), ("zb1p", 2, 3)]:
-        schedule = make_schedule(name, num_ranks, num_microbatches)
+    smallest = {"1f1b": 2, "dualpipe": 4, "dualpipev": 4, "gpipe": 2, "interleaved": 2, "zb1p": 3, "zbv": 3}
+    assert smallest.keys() == SCHEDULES.keys()
+    for name, num_microbatches in smallest.items():
+        schedule = make_schedule(name, 2, num_microbatches)
         programs.append(lower(schedule, chunks_for(schedule, experts_chunk())))
     programs.append(lower_evaluation((0, 1, 1, 0), (experts_chunk(),) * 4, 2))
-    # Placed, with a recompute block of two phases.
-    schedule = make_schedule("1f1b", 2, 3)
-    shape = with_recompute(experts_chunk(2), [["attention0", "attention1"]])
-    costs = costs_for(schedule, shape, wire=0.5, recompute=0.25)
-    programs.append(place(schedule, (shape,) * 2, costs))
+    # Placed, with a recompute block of two phases, and with pairs, chains and early recomputation.
+    for name, num_microbatches, num_layers in (("1f1b", 3, 2), ("zbv", 3, 1), ("dualpipev", 5, 1)):
+        schedule = make_schedule(name, 2, num_microbatches)
+        block = [f"attention{layer}" for layer in range(num_layers)]
+        shape = with_recompute(experts_chunk(num_layers), [block])
+        costs = costs_for(schedule, shape, wire=0.5, recompute=0.25)
+        programs.append(place(schedule, chunks_for(schedule, shape), costs))
     return programs
 
 
 PROGRAMS = small_programs()
-IDS = [f"{p.schedule}-{p.num_ranks}-{p.num_microbatches}" for p in PROGRAMS]
+IDS = [f"{i}-{p.schedule}-{p.num_ranks}-{p.num_microbatches}" for i, p in enumerate(PROGRAMS)]
 
 
 def with_rank(program: Program, rank: int, actions: list[Action]) -> Program:
@@ -219,7 +224,9 @@ def reason_against(program: Program) -> str | None:
 
 @pytest.mark.parametrize("program", PROGRAMS, ids=IDS)
 def test_swapping_neighbours_is_caught_exactly_when_one_needs_the_other(program: Program) -> None:
-    """Oracle: `must_precede`. Swaps of a RECV with a SEND may also deadlock, which is caught as such."""
+    """Oracle: `must_precede`. To send before posting, or to wait before sending, may also deadlock, which is
+    caught as such.
+    """
     caught = kept = 0
     for rank, actions in enumerate(program.actions):
         for i, (first, second) in enumerate(pairwise(actions)):
@@ -228,7 +235,7 @@ def test_swapping_neighbours_is_caught_exactly_when_one_needs_the_other(program:
                 with pytest.raises(InvalidProgram):
                     validate(swapped)
                 caught += 1
-            elif first.kind is K.RECV and second.kind is K.SEND:
+            elif (first.kind, second.kind) in ((K.RECV, K.SEND), (K.SEND, K.ARRIVE)):
                 assert reason_against(swapped) in (None, "deadlock")
             else:
                 validate(swapped)
