@@ -126,8 +126,9 @@ class Worker:
     def reduce(self) -> None:
         self.engine.reduce_gradients()
 
-    def step(self, losses: Sequence[Tensor]) -> None:
+    def step(self, losses: Sequence[Tensor]) -> float:
         self._outcome = self.engine.finish_step(losses)
+        return self.engine.waited_seconds
 
     def take_outcome(self) -> StepOutcome:
         """What the last optimizer step did."""

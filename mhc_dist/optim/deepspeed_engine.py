@@ -24,6 +24,7 @@ import io
 import math
 import os
 import sys
+import time
 import types
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -152,6 +153,7 @@ class _FlatOptimizer(BF16_Optimizer):  # type: ignore[misc]
         self.losses: Sequence[Tensor] = ()
         self.losses_finite = True
         self._global_grad_norm = 0.0
+        self.waited_seconds = 0.0
         super().__init__(
             basic,
             names,
@@ -223,8 +225,11 @@ class _FlatOptimizer(BF16_Optimizer):  # type: ignore[misc]
         for loss in self.losses:
             bad_losses += ~loss.isfinite().all()
         facts = torch.stack([squares, bad_losses])
+        # The one point of a step where every rank waits for the slowest of all.
+        start = time.perf_counter()
         dist.all_reduce(facts)
         total, num_bad_losses = facts.tolist()
+        self.waited_seconds = time.perf_counter() - start
         self.losses_finite = num_bad_losses == 0
         return math.sqrt(total) / self._data_size
 
@@ -476,6 +481,12 @@ class OptimizerEngine:
             losses_finite=self._optimizer.losses_finite,
             reduction=self._optimizer.reduction,
         )
+
+    @property
+    def waited_seconds(self) -> float:
+        """How long the last `finish_step` waited for other ranks of the run to get there."""
+        seconds: float = self._optimizer.waited_seconds
+        return seconds
 
     def reduced_gradients(self) -> dict[str, Tensor]:
         """Mean gradients, unclipped and whole, by parameter name; between reduce and finish. For tests."""
