@@ -33,7 +33,7 @@ from mhc_dist.parallel.emulated_link import EmulatedLink
 from mhc_dist.parallel.expert_exchange import ExpertExchange
 from mhc_dist.parallel.process_groups import ProcessGroups
 from mhc_dist.parallel.stage import Stage
-from mhc_dist.pipeline.action import Program
+from mhc_dist.pipeline.action import Action, Program
 from mhc_dist.pipeline.cost import CostTable
 from mhc_dist.pipeline.executor import Executor, Microbatch
 from mhc_dist.pipeline.trace import Trace
@@ -127,6 +127,7 @@ class Cell:
         program: Program,
         nominal: CostTable | None = None,
         link: EmulatedLink | None = None,
+        on_action: Callable[[Action], None] | None = None,
     ) -> Runner:
         """Runs `program` on `stage` over `link` (None: loopback as it is); with `nominal`, in delay mode."""
         data, model = self.config.data, self.config.model
@@ -140,7 +141,7 @@ class Cell:
             CPU,
         )
         stretch = None if nominal is None else Nominal(nominal).stretch
-        executor = Executor(self._pipeline_rank, stage.by_index, transport, stretch=stretch)
+        executor = Executor(self._pipeline_rank, stage.by_index, transport, on_action, stretch=stretch)
         return Runner(stage, program, executor, self.microbatches, self.route, link)
 
     def from_rank_0(self, value: Any) -> Any:
@@ -167,12 +168,13 @@ class Runner:
     route: Route
     link: EmulatedLink | None
 
-    def step(self) -> tuple[float, Trace]:
+    def step(self, *, keep_gradients: bool = False) -> tuple[float, Trace]:
         """One step: seconds until the last rank is through, and this rank's trace. Collective.
 
-        Gradients are left in the parameters.
+        Gradients are left in the parameters; keep_gradients adds them to those that are there.
         """
-        self.stage.zero_grad(set_to_none=True)
+        if not keep_gradients:
+            self.stage.zero_grad(set_to_none=True)
         nobody = Nobody()
         self.route.link = self.link
         dist.barrier()

@@ -20,7 +20,8 @@ class PhaseCost:
     output_gradient_bytes that its input-gradient half made.
 
     Between phases, values and gradients wait for who reads them: the forward takes taken_bytes and leaves
-    left_bytes, the backward gradient_taken_bytes and gradient_left_bytes.
+    left_bytes, the backward gradient_taken_bytes and gradient_left_bytes. What a chunk receives and hands on
+    counts among them.
     """
 
     forward: float
@@ -155,7 +156,7 @@ def bytes_at_end(action: Action, costs: CostTable, *, training: bool = True) -> 
             return costs.phase(action).deferred_bytes
         case ActionKind.WAIT:
             return costs.exchanges[action.chunk, action.item].buffer_bytes
-        case ActionKind.ARRIVE:
+        case ActionKind.SEND:
             return costs.message.payload_bytes
         case _:
             return 0

@@ -16,6 +16,7 @@ from mhc_dist.pipeline.action import Action, ActionKind, Pass, Program
 from mhc_dist.pipeline.clock import Message, message_of
 from mhc_dist.pipeline.cost import CostTable, bytes_at_end, bytes_at_start
 from mhc_dist.pipeline.errors import InvalidProgram
+from mhc_dist.pipeline.memory import SendBuffers
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,8 +69,9 @@ class RankTimeline:
 class _Rank:
     """Progress of one rank."""
 
-    def __init__(self, actions: tuple[Action, ...], static_bytes: int) -> None:
+    def __init__(self, actions: tuple[Action, ...], static_bytes: int, costs: CostTable) -> None:
         self.actions = actions
+        self.sending = SendBuffers(costs)
         self.position = 0
         self.now = 0.0
         self.held = static_bytes
@@ -96,7 +98,9 @@ class Simulation:
         self._program = program
         self._costs = costs
         static = costs.static_bytes or (0,) * program.num_ranks
-        self._ranks = [_Rank(actions, held) for actions, held in zip(program.actions, static, strict=True)]
+        self._ranks = [
+            _Rank(actions, held, costs) for actions, held in zip(program.actions, static, strict=True)
+        ]
         self._posted: dict[Message, float] = {}
         self._sent: dict[Message, tuple[float, int, Action]] = {}
         self._landed: dict[Message, float] = {}
@@ -131,7 +135,7 @@ class Simulation:
         start = rank.now
         blocked = starved = 0.0
         overhead = self._costs.overheads.get(action.kind, 0.0)
-        rank.hold(start, bytes_at_start(action, self._costs))
+        rank.hold(start, bytes_at_start(action, self._costs) + rank.sending.grow(action))
         match action.kind:
             case ActionKind.ISSUE:
                 rank.now += overhead
@@ -166,6 +170,8 @@ class Simulation:
         rank.hold(rank.now, -bytes_at_end(action, self._costs, training=self._program.training))
         rank.timeline.actions.append(SimulatedAction(action, start, rank.now, blocked, starved))
         rank.position += 1
+        if rank.position == len(rank.actions):
+            rank.hold(rank.now, -rank.sending.held)
         return True
 
     def _issue(self, rank: _Rank, action: Action) -> None:

@@ -79,7 +79,7 @@ class GroupTransport:
         self._streams = streams or HostStreams()
         self._channels, self._peer_rank, self._rank = channels, peer_rank, rank
         self._shape, self._dtype, self._device = shape, dtype, device
-        self._sending: list[Flight] = []
+        self._sending: dict[int, Flight] = {}
 
     @property
     def message_bytes(self) -> int:
@@ -98,9 +98,12 @@ class GroupTransport:
             assert work is not None
             return work
 
-        # Finished sends give their buffers back here; no wait.
-        self._sending = [flight for flight in self._sending if not flight.is_over()]
-        self._sending.append(self._streams.transfer(f"message {self._rank}>{target}", start, [tensor]))
+        # One message per channel keeps its buffer. The one before has been received by now or is about to be
+        # (its RECV was posted before it left), and gloo only says so to those who wait.
+        before = self._sending.pop(peer, None)
+        if before is not None:
+            before.land()
+        self._sending[peer] = self._streams.transfer(f"message {self._rank}>{target}", start, [tensor])
 
     def receive(self, peer: int) -> PendingMessage:
         source = self._peer_rank[peer]
@@ -115,6 +118,6 @@ class GroupTransport:
         return _Receiving(buffer, self._streams.transfer(f"message {source}>{self._rank}", start, [buffer]))
 
     def drain(self) -> None:
-        for flight in self._sending:
+        for flight in self._sending.values():
             flight.land()
         self._sending.clear()

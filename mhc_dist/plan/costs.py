@@ -12,7 +12,7 @@ from mhc_dist.pipeline.action import CHUNK_INPUT, PhaseShape
 from mhc_dist.pipeline.cost import CostTable, ExchangeCost, MessageCost, PhaseCost
 from mhc_dist.plan.charge import Charge
 from mhc_dist.plan.cluster import Link
-from mhc_dist.plan.kept import Kept, KeptModel, Seams, phase_bytes
+from mhc_dist.plan.kept import Ends, Kept, KeptModel, Seams, phase_bytes
 from mhc_dist.plan.layout import Layout, Shapes
 from mhc_dist.plan.machine import Machine
 from mhc_dist.plan.static_memory import gradient_seconds, static_by_rank
@@ -106,7 +106,7 @@ class CostModel:
             parts.seams,
             parts.kept,
             everything=layout.recompute_everything,
-            first=place.is_first,
+            ends=Ends(place.is_first, place.is_last),
         )
         recompute = 0.0
         if shape.drops and charge.recompute:

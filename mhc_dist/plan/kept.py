@@ -16,7 +16,7 @@ from mhc_dist.config import RunConfig
 from mhc_dist.config_sections import ModelConfig, ResidualKind
 from mhc_dist.model.coefficients import num_mixed, num_projected
 from mhc_dist.model.count import dense_width
-from mhc_dist.pipeline.action import CHUNK_INPUT, PhaseShape
+from mhc_dist.pipeline.action import CHUNK_INPUT, CHUNK_OUTPUT, PhaseShape
 
 FP32, INT64 = 4, 8
 
@@ -62,6 +62,14 @@ class Seams:
     enters: int
     crosses: int
     leaves: int
+
+
+@dataclass(frozen=True, slots=True)
+class Ends:
+    """Whether a chunk begins or ends the model."""
+
+    first: bool
+    last: bool
 
 
 @dataclass(frozen=True, slots=True)
@@ -222,31 +230,37 @@ class KeptModel:
             case _:
                 return 0.0
 
-    def waiting(self, names: tuple[str, ...], *, drops: bool) -> float:
+    def waiting(self, names: tuple[str, ...], *, ends: Ends, drops: bool) -> float:
         """Bytes of values between their writer and their reader that neither counts as saved.
 
         Streams and sublayer inputs are saved by the phase that writes them, unless phases drop them.
-        Coefficients and plans count as saved, messages (a chunk's input and output) as messages.
+        Coefficients and plans count as saved. At the ends of the model there are tokens and the loss instead
+        of streams.
         """
         kinds = ROWS | {"streams", "hidden"} if drops else ROWS
+        if not ends.first:
+            kinds |= {CHUNK_INPUT}
+        if not ends.last:
+            kinds |= {CHUNK_OUTPUT}
         return sum(self.value(name) for name in names if _kind(name) in kinds)
 
-    def gradients(self, names: tuple[str, ...]) -> float:
-        """Gradients of values on their way back within the chunk."""
-        return self.waiting(names, drops=True)
+    def gradients(self, names: tuple[str, ...], ends: Ends) -> float:
+        """Gradients of values on their way back."""
+        return self.waiting(names, ends=ends, drops=True)
 
 
 def phase_bytes(
-    model: KeptModel, shape: PhaseShape, seams: Seams, parts: Kept, *, everything: bool, first: bool
+    model: KeptModel, shape: PhaseShape, seams: Seams, parts: Kept, *, everything: bool, ends: Ends
 ) -> PhaseBytes:
-    """Bytes per token of a phase that consists of `seams` and `parts`.
+    """Bytes per token of a phase that consists of `seams` and `parts`, in a chunk with these `ends`.
 
-    everything: what drops does so wholly and keeps its inputs alone. first: the phase reads tokens.
+    everything: what drops does so wholly and keeps its inputs alone.
     """
     kept = parts + model.connections(seams)
     saved, dropped = kept.saved, 0.0
     if shape.drops and everything:
-        saved, dropped = model.replayed(shape, first=first), saved - model.kept_anew(shape, first=first)
+        anew = model.kept_anew(shape, first=ends.first)
+        saved, dropped = model.replayed(shape, first=ends.first), saved - anew
     elif shape.drops:
         dropped = kept.droppable
         saved -= dropped
@@ -257,8 +271,8 @@ def phase_bytes(
         dropped=dropped,
         weight_inputs=min(kept.weight_inputs, saved + dropped),
         weight_gradients=kept.gradients,
-        taken=model.waiting(shape.reads, drops=shape.drops),
-        left=model.waiting(shape.writes, drops=shape.drops),
-        gradients_taken=model.gradients(shape.writes),
-        gradients_left=model.gradients(shape.reads),
+        taken=model.waiting(shape.reads, ends=ends, drops=shape.drops),
+        left=model.waiting(shape.writes, ends=ends, drops=shape.drops),
+        gradients_taken=model.gradients(shape.writes, ends),
+        gradients_left=model.gradients(shape.reads, ends),
     )
