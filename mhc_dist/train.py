@@ -172,6 +172,13 @@ def train(
     ) as reporter:
         for sentence in (describe(config, programs, tokens.description, device), *resumed.told):
             reporter.announce(sentence)
+        if worker.warm_up_seconds:
+            limit = worker.warm_up_seconds
+            reporter.announce(f"compiling {config.kernels.backend} before step 1, for {limit:.0f} s at most")
+            start = time.perf_counter()
+            watch.report_action("compiling", may_take_seconds=limit)
+            worker.warm_up()
+            reporter.announce(f"compiled in {time.perf_counter() - start:.0f} s")
         try:
             ended = make_steps(worker, keeper, batches, windows, reporter, watch, resumed.progress)
         except CheckpointError:

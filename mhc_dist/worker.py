@@ -4,16 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from datetime import timedelta
 from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
 from mhc_kernels.seam import make_backend
+from mhc_kernels.warm_up import may_take_seconds, warm_up
 from torch import Tensor
 
 from mhc_dist.config import RunConfig
 from mhc_dist.data.batches import Sequences
 from mhc_dist.guard.stop import StopKind
+from mhc_dist.model.hyper_connection import ManifoldConnection
 from mhc_dist.observe.stability import StabilityProbe
 from mhc_dist.optim.deepspeed_engine import OptimizerEngine, StepOutcome
 from mhc_dist.parallel.boundary import message_shape
@@ -101,6 +104,27 @@ class Worker:
             {index: chunk.tape_holder for index, chunk in stage.by_index.items()}, every
         )
         return cls(config, programs, topology, groups, device, stage, engine, executor, stability)
+
+    @property
+    def warm_up_seconds(self) -> float:
+        """How long `warm_up` may take; 0 when there is nothing to compile."""
+        return max((may_take_seconds(connection.backend) for connection in self._connections), default=0.0)
+
+    def warm_up(self) -> None:
+        """Compile what the first step would have to, on all ranks at once, and wait for the slowest.
+
+        Collective over the world.
+        """
+        for connection in self._connections[:1]:
+            num_tokens = self.config.data.sequences_per_microbatch * self.config.data.sequence_length
+            channels, dtype = self.config.model.hidden_size, STREAM_DTYPE[self.config.train.precision]
+            warm_up(connection.backend, connection.spec, num_tokens, channels, dtype, self.device)
+        limit = timedelta(seconds=self.warm_up_seconds)
+        dist.monitored_barrier(group=self.groups.control, timeout=limit)
+
+    @property
+    def _connections(self) -> list[ManifoldConnection]:
+        return [module for module in self.stage.modules() if isinstance(module, ManifoldConnection)]
 
     def microbatches(self, load: Callable[[int, int], Sequences]) -> list[Microbatch]:
         """This data rank's microbatches of a global batch, whose rows `load(first, count)` gives.

@@ -105,7 +105,7 @@ class CompiledOperations:
             return InputGradients(
                 total_TNC.to(streams_TNC.dtype), None, None, None, routed.carried_TN, *behind
             )
-        ahead = self._update_backward(streams_TNC, update, total_TNC)
+        ahead = self.update_backward(streams_TNC, update, total_TNC)
         return InputGradients(*ahead, routed.carried_TN, *behind)
 
     def update_forward(self, streams_TNC: Tensor, update: Update) -> Tensor:

@@ -9,6 +9,7 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import torch
+from mhc_kernels import tokens
 from torch import Tensor, nn
 
 from mhc_dist.config_sections import ModelConfig
@@ -174,13 +175,27 @@ class _Unpermute(torch.autograd.Function):
         return grad_rows.to(rows_RC.dtype), grad_weight_R[row_TK.flatten()].view_as(row_TK), None, None
 
 
+def kernel_order(plan: RowPlan) -> tokens.Order:
+    """The plan as the token kernels take it."""
+    token_R = plan.slot_R.div(plan.row_TK.shape[1], rounding_mode="floor")
+    return tokens.Order(token_R, plan.row_TK, plan.count_E)
+
+
 def permute(h_TC: Tensor, plan: RowPlan) -> Tensor:
-    """Copy every token once per active expert, in the plan's order: (T, C) -> (T * K, C)."""
+    """Copy every token once per active expert, in the plan's order: (T, C) -> (T * K, C).
+
+    On GPUs this and `unpermute` are kernels: they pass over the rows once, where indexing writes and reads
+    K rows per token in between, and they have no atomics.
+    """
+    if h_TC.is_cuda:
+        return tokens.permute(h_TC, kernel_order(plan))
     rows_RC: Tensor = _Permute.apply(h_TC, plan.slot_R, plan.row_TK)
     return rows_RC
 
 
 def unpermute(rows_RC: Tensor, weight_TK: Tensor, plan: RowPlan) -> Tensor:
     """Bring the experts' answers home and add them up with the gate weights: (T * K, C) -> (T, C)."""
+    if rows_RC.is_cuda:
+        return tokens.unpermute(rows_RC, weight_TK, kernel_order(plan))
     y_TC: Tensor = _Unpermute.apply(rows_RC, weight_TK, plan.slot_R, plan.row_TK)
     return y_TC

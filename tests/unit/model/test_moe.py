@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import pytest
 import torch
+from mhc_kernels import tokens
 
 from mhc_dist.model.initialize import initialize
-from mhc_dist.model.moe import MixtureOfExperts, Router, permute, plan_rows, unpermute
+from mhc_dist.model.moe import MixtureOfExperts, Router, kernel_order, permute, plan_rows, unpermute
 from mhc_dist.parallel.expert_exchange import ExpertExchange, sort_by_expert, sort_by_sender
 from tests.small import small_config
 
@@ -102,3 +103,18 @@ def test_extreme_logits_stay_finite() -> None:
     routing.weight_TK.sum().backward()
     assert routing.weight_TK.isfinite().all()
     assert h_TC.grad.isfinite().all()
+
+
+def test_the_order_that_gpu_kernels_get_is_the_plan() -> None:
+    """Oracle: the path of CPUs, forward and backward; the kernels' package has a form of its own."""
+    torch.manual_seed(0)
+    expert_TK = torch.stack([torch.randperm(6)[:3] for _ in range(20)])
+    plan = plan_rows(expert_TK, 6)
+    h_TC, weight_TK = torch.randn(20, 16, requires_grad=True), torch.rand(20, 3, requires_grad=True)
+    results = []
+    for there, back in ((permute, unpermute), (tokens.permute, tokens.unpermute)):
+        order = plan if there is permute else kernel_order(plan)
+        y_TC = back(there(h_TC, order).sin(), weight_TK, order)
+        results.append((y_TC, *torch.autograd.grad(y_TC.square().sum(), (h_TC, weight_TK))))
+    for ours, theirs in zip(*results, strict=True):
+        torch.testing.assert_close(ours, theirs)
