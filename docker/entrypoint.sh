@@ -3,6 +3,7 @@
 #
 #   mhc-entrypoint train CONFIG ...   any subcommand of mhc-dist, run in place of this script
 #   mhc-entrypoint sshd               a node that another container starts processes on
+#   mhc-entrypoint mpi mpirun ...     mpirun, with ssh made ready for the daemons it starts elsewhere
 #   mhc-entrypoint -- COMMAND ...     anything else
 #
 # ssh is used only where keys are mounted at MHC_SSH_KEYS (default: .ssh in the home folder): `id_*` to reach
@@ -66,6 +67,7 @@ run_sshd() {
 
 case "${1:-}" in
     sshd) run_sshd ;;
+    mpi) shift; use_ssh_client; exec "$@" ;;
     --) shift; exec "$@" ;;
     *)
         if compgen -G "${keys}/id_*" > /dev/null; then use_ssh_client; fi

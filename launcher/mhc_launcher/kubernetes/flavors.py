@@ -117,7 +117,7 @@ def _mpi_job(request: Request) -> Manifest:
     ranks = ["mhc-dist", "train", "/etc/mhc/config.yaml", "--launcher", "none"]
     exported = ("MASTER_ADDR", "MASTER_PORT", "PATH", "HOME")
     mpirun = [
-        *("mpirun", "-n", str(total), "--bind-to", "none"),
+        *("mpirun", "-n", str(total), "--hostfile", "/etc/mpi/hostfile", "--bind-to", "none"),
         *(part for name in exported for part in ("-x", name)),
     ]
     environment: list[Manifest] = [
