@@ -1,32 +1,34 @@
 """`mhc-dist bench overhead`: a step with hyper-connections against the same step with the plain residual.
 
-One process and one thread, same layers, same schedule, variants taking turns within one run. The breakdown
-says in which kind of action the difference lies. Nothing overlaps here: it is the cost of the mathematics on
-this processor, before any hiding.
+One process and one thread, same layers, same schedule, variants taking turns within one run, in an order that
+turns round from round to round. Nothing overlaps here: it is the cost of the mathematics on this processor,
+before any hiding. The process never waits, so what it costs is its processor time; wall time, which other
+processes lengthen, is given beside it. The breakdown says in which kind of action and in which phase the
+difference lies.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
-import statistics
-import sys
-from collections.abc import Sequence
-from pathlib import Path
-from time import perf_counter
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from statistics import median
+from time import perf_counter, process_time
 from typing import Any
 
 import torch
 
 from mhc_dist.bench.alone import Nobody, random_microbatches, whole_stage
-from mhc_dist.bench.result import shown_command, write_result
-from mhc_dist.config import RunConfig, load_config
+from mhc_dist.bench.command import Bench, Outcome
+from mhc_dist.bench.peers.ratio import paired_ratio
+from mhc_dist.config import RunConfig
 from mhc_dist.config_sections import KernelsConfig, ResidualKind
+from mhc_dist.pipeline.action import Action
 from mhc_dist.pipeline.executor import Executor
-from mhc_dist.pipeline.trace import StepPhase
+from mhc_dist.pipeline.trace import PHASE_OF_KIND, StepPhase
 from mhc_dist.plan.run_programs import plan_run
 
-DEFAULT_CONFIG = Path(__file__).resolve().parents[2] / "configs" / "bench.yaml"
 RESIDUAL = "residual"
 PAPER_3B_WIDTHS = (
     "model.hidden_size=1280",
@@ -39,8 +41,32 @@ PAPER_3B_WIDTHS = (
     "model.kv_rank=512",
     "model.num_active_experts=6",
     "model.num_shared_experts=2",
+    "schedule.num_microbatches=2",
 )
 """Table 5 of the paper; fewer layers, and eight experts, of which six are active as there."""
+
+COMPUTE_PHASES = (StepPhase.FORWARD, StepPhase.BACKWARD, StepPhase.WEIGHT_GRADIENT, StepPhase.RECOMPUTE)
+
+Parts = dict[str, float]
+"""Processor seconds by kind of action, and by kind of action and phase (`backward attention`)."""
+
+
+class _Stopwatch:
+    """Processor seconds of every action, told apart by the part of a step it belongs to."""
+
+    def __init__(self) -> None:
+        self.parts: dict[str, float] = defaultdict(float)
+        self._begin = 0.0
+
+    def begin(self, action: Action) -> None:
+        self._begin = process_time()
+
+    def end(self, action: Action, start: float) -> None:
+        seconds = process_time() - self._begin
+        phase = PHASE_OF_KIND[action.kind]
+        self.parts[phase.value] += seconds
+        if action.item:
+            self.parts[f"{phase.value} {action.item.partition('.')[0]}"] += seconds
 
 
 class _Variant:
@@ -51,19 +77,19 @@ class _Variant:
         self._stage = whole_stage(config, self._programs)
         self._microbatches = random_microbatches(config)
         self.seconds: list[float] = []
-        self.phases: list[dict[StepPhase, float]] = []
+        self.wall_seconds: list[float] = []
+        self.parts: list[Parts] = []
 
     def run(self, *, keep: bool) -> None:
-        for parameter in self._stage.parameters():
-            parameter.grad = None
-        nobody = Nobody()
-        start = perf_counter()
-        output = Executor(0, self._stage.by_index, nobody).run(
-            self._programs.training, self._microbatches, nobody
-        )
+        self._stage.zero_grad(set_to_none=True)
+        nobody, watch = Nobody(), _Stopwatch()
+        executor = Executor(0, self._stage.by_index, nobody, watch.begin, stretch=watch.end)
+        start, wall_start = process_time(), perf_counter()
+        executor.run(self._programs.training, self._microbatches, nobody)
         if keep:
-            self.seconds.append(perf_counter() - start)
-            self.phases.append(output.trace.phase_seconds())
+            self.seconds.append(process_time() - start)
+            self.wall_seconds.append(perf_counter() - wall_start)
+            self.parts.append(dict(watch.parts))
 
 
 def _alone(config: RunConfig, backend: str | None) -> RunConfig:
@@ -88,66 +114,72 @@ def run(config: RunConfig, backends: Sequence[str], rounds: int) -> dict[str, An
     torch.set_num_threads(1)
     variants = {RESIDUAL: _Variant(_alone(config, None))}
     variants |= {backend: _Variant(_alone(config, backend)) for backend in backends}
+    order = list(variants)
     for turn in range(rounds + 1):
-        for variant in variants.values():
-            variant.run(keep=turn > 0)
+        for name in order if turn % 2 else reversed(order):
+            variants[name].run(keep=turn > 0)
     base = variants[RESIDUAL]
-    base_seconds = statistics.median(base.seconds)
-
-    def overhead(variant: _Variant) -> float:
-        pairs = zip(variant.seconds, base.seconds, strict=True)
-        return statistics.median(ours / theirs for ours, theirs in pairs) - 1.0
-
-    def breakdown(variant: _Variant) -> dict[str, float]:
-        return {
-            phase.value: statistics.median(
-                (a.get(phase, 0.0) - b.get(phase, 0.0)) / base_seconds
-                for a, b in zip(variant.phases, base.phases, strict=True)
-            )
-            for phase in (
-                StepPhase.FORWARD,
-                StepPhase.BACKWARD,
-                StepPhase.WEIGHT_GRADIENT,
-                StepPhase.RECOMPUTE,
-            )
-        }
-
-    overheads = {name: overhead(variant) for name, variant in variants.items() if name != RESIDUAL}
-    best = min(overheads, key=overheads.__getitem__)
+    ratios = {name: paired_ratio(variants[name].seconds, base.seconds) for name in backends}
+    best = min(ratios, key=lambda name: ratios[name].median)
+    wall = paired_ratio(variants[best].wall_seconds, base.wall_seconds)
     return {
-        "overhead_ratio": overheads[best],
+        "overhead_ratio": ratios[best].median - 1.0,
+        "overhead_interval": [ratios[best].low - 1.0, ratios[best].high - 1.0],
+        "overhead_ratio_of_wall_time": wall.median - 1.0,
         "backend": best,
         "hidden_size": config.model.hidden_size,
         "num_streams": config.residual.num_streams,
         "recompute": config.recompute.mode,
         "tokens_per_microbatch": config.data.sequences_per_microbatch * config.data.sequence_length,
+        "num_microbatches": config.schedule.num_microbatches,
         "rounds": rounds,
-        "overhead_by_backend": overheads,
-        "breakdown": breakdown(variants[best]),
-        "step_seconds": {name: statistics.median(variant.seconds) for name, variant in variants.items()},
+        "step_ratios": {name: asdict(ratio) for name, ratio in ratios.items()},
+        "breakdown": _breakdown(variants[best], base),
+        "processor_seconds": {name: median(variant.seconds) for name, variant in variants.items()},
+        "step_seconds": {name: median(variant.wall_seconds) for name, variant in variants.items()},
     }
 
 
-def main(arguments: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(prog="mhc-dist bench overhead", description=__doc__)
-    parser.add_argument("--config", type=Path, default=DEFAULT_CONFIG)
-    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE")
-    parser.add_argument("--backends", nargs="+", default=["cpu"], metavar="NAME")
-    parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--results", type=Path, default=Path("results"))
-    options = parser.parse_args(arguments)
-    try:
-        config = load_config(options.config, [*PAPER_3B_WIDTHS, *options.set])
-        figures = run(config, options.backends, options.rounds)
-    except ValueError as error:
-        print(f"mhc-dist: {error}", file=sys.stderr)
-        sys.exit(2)
-    label = "measured: one process, one thread, CPU, nothing overlapped"
-    command = shown_command("overhead", arguments)
-    path = write_result("overhead", options.results, command, label, figures)
-    print(f"{label}; written to {path}")
-    print(json.dumps(figures))
+def _breakdown(ours: _Variant, base: _Variant) -> Parts:
+    """Difference of every part of a step, as a share of the plain residual's step; medians over rounds.
 
+    Parts with a phase add up to the part without; the parts without, nearly, to the overhead.
+    """
+    names = sorted({name for parts in (*ours.parts, *base.parts) for name in parts if _is_compute(name)})
+
+    def share(name: str) -> float:
+        pairs: zip[tuple[Mapping[str, float], Mapping[str, float]]] = zip(ours.parts, base.parts, strict=True)
+        return median(a.get(name, 0.0) - b.get(name, 0.0) for a, b in pairs) / median(base.seconds)
+
+    return {name: share(name) for name in names}
+
+
+def _is_compute(name: str) -> bool:
+    return name.partition(" ")[0] in {phase.value for phase in COMPUTE_PHASES}
+
+
+def _add_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--backends", nargs="+", default=["cpu"], metavar="NAME", help="(cpu)")
+    parser.add_argument("--rounds", type=int, default=9, help="timed steps of every variant (9)")
+
+
+def _table(figures: dict[str, Any]) -> str:
+    low, high = figures["overhead_interval"]
+    lines = [
+        f"{figures['backend']}: {figures['overhead_ratio']:+.1%} ({low:+.1%} to {high:+.1%}) processor time,"
+        f" {figures['overhead_ratio_of_wall_time']:+.1%} wall time"
+    ]
+    lines += [f"  {name:28}{share:+.2%}" for name, share in figures["breakdown"].items()]
+    return "\n".join(lines)
+
+
+def _measure(config: RunConfig, options: argparse.Namespace) -> Outcome:
+    figures = run(config, options.backends, options.rounds)
+    label = "measured: processor time of one process, one thread, CPU, nothing overlapped"
+    return Outcome("overhead", label, figures, _table(figures))
+
+
+BENCH = Bench("overhead", __doc__, _add_options, _measure, lambda options: PAPER_3B_WIDTHS)
 
 if __name__ == "__main__":
-    main()
+    BENCH.main()
