@@ -35,6 +35,12 @@ def memory(context: typer.Context) -> None:
 
 
 @bench_app.command(context_settings=PASS_ON)
+def checkpoint(context: typer.Context) -> None:
+    """For how long saving stops training, at once and while it goes on (`--help` for options)."""
+    raise typer.Exit(_measure("mhc_dist.bench.checkpoint", context.args))
+
+
+@bench_app.command(context_settings=PASS_ON)
 def peers(context: typer.Context) -> None:
     """The same layers under DeepSpeed's and torch's DualPipeV and ours (`--help` for options)."""
     raise typer.Exit(_measure("mhc_dist.bench.peers", context.args))
