@@ -61,7 +61,7 @@ def test_an_exported_checkpoint_has_the_loss_that_training_reported(tmp_path: Pa
     assert loss.item() == pytest.approx(reported, rel=1e-5)
 
 
-def test_generate_says_what_the_model_says(tmp_path: Path) -> None:
+def test_generate_says_what_the_model_says(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Oracle: the bytes that the model in memory generates."""
     config = export_config(MHC)
     model = trained_model(config)
@@ -69,10 +69,13 @@ def test_generate_says_what_the_model_says(tmp_path: Path) -> None:
     assert export_command.main([str(tmp_path / "torch"), "--to", "hf", "--output", str(tmp_path / "hf")]) == 0
     decoder = Decoder(model, config, capacity=64)
     tokens = list(generate(decoder, [0, *b"def "], 0, 6, 0.0, torch.Generator()))
-    for folder in ("hf", "torch"):
-        answered = run("generate", tmp_path / folder, "def ", "--max-tokens", "6", "--temperature", "0")
-        assert answered.returncode == 0, answered.stderr
-        assert answered.stdout == bytes([*b"def ", *tokens]).decode(errors="replace") + "\n"
+    expected = bytes([*b"def ", *tokens]).decode(errors="replace") + "\n"
+    answered = run("generate", tmp_path / "hf", "def ", "--max-tokens", "6", "--temperature", "0")
+    assert answered.returncode == 0, answered.stderr
+    assert answered.stdout == expected
+    capsys.readouterr()
+    assert generate_main([str(tmp_path / "torch"), "def ", "--max-tokens", "6", "--temperature", "0"]) == 0
+    assert capsys.readouterr().out == expected
 
 
 @pytest.mark.parametrize(
