@@ -216,6 +216,7 @@ def make_steps(
     spikes = SpikeDetector(config.guard.spike_window, config.guard.spike_threshold)
     batches, stop, rate = batches_from(progress), None, 0.0
     while progress.step < config.train.steps and stop is None:
+        watch.report_action(f"reading the text of step {progress.step + 1}")
         figures = train_step(worker, batches, progress.step, watch.stop_kind)
         progress, stop, rate = after(progress, worker), figures.stop, figures.learning_rate
         reporter.trace(figures)
