@@ -27,6 +27,7 @@ from torch.multiprocessing import start_processes  # type: ignore[attr-defined]
 from mhc_dist.bench.alone import Nobody, random_microbatches
 from mhc_dist.bench.linked_group import Route, register
 from mhc_dist.bench.pace import Nominal
+from mhc_dist.bench.routing import Rule, spread_evenly
 from mhc_dist.config import RunConfig
 from mhc_dist.config_sections import RecomputeConfig
 from mhc_dist.parallel.emulated_link import EmulatedLink
@@ -86,9 +87,17 @@ class Cell:
     exchange: ExpertExchange
     route: Route
     microbatches: list[Microbatch]
+    routing: Rule
 
     @classmethod
-    def join(cls, rank: int, store: str, config: RunConfig, links: Iterable[tuple[int, int]]) -> Cell:
+    def join(
+        cls,
+        rank: int,
+        store: str,
+        config: RunConfig,
+        links: Iterable[tuple[int, int]],
+        routing: Rule = "even",
+    ) -> Cell:
         """Collective. links: pairs of pipeline ranks that send each other messages."""
         torch.set_num_threads(1)
         route = Route()
@@ -102,9 +111,9 @@ class Cell:
         exchange = ExpertExchange(
             config.model.num_experts, topology.expert, groups.expert_forward, groups.expert_backward
         )
-        # Work makes figures, not text: random tokens spread over experts as an untrained router sends them.
+        # Work makes figures, not text, so tokens are random.
         microbatches = random_microbatches(config, seed=topology.data_rank)
-        return cls(config, topology, groups, exchange, route, microbatches)
+        return cls(config, topology, groups, exchange, route, microbatches, routing)
 
     def leave(self) -> None:
         """Collective: a rank that left early would look like a crash to the others."""
@@ -115,7 +124,10 @@ class Cell:
         """This rank's chunks."""
         own = [p for p in own_shapes(config).places if program.chunk_rank[p.index] == self._pipeline_rank]
         backend = make_backend(config.kernels.backend)
-        return Stage(config, own, backend, self.exchange, self.topology.expert_rank, CPU)
+        stage = Stage(config, own, backend, self.exchange, self.topology.expert_rank, CPU)
+        if self.routing == "even":
+            spread_evenly(stage)
+        return stage
 
     @property
     def _pipeline_rank(self) -> int:

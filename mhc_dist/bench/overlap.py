@@ -38,6 +38,7 @@ from mhc_dist.bench.peers.costs import (
     stretched,
 )
 from mhc_dist.bench.peers.ratio import paired_ratio
+from mhc_dist.bench.routing import Rule
 from mhc_dist.bench.simulated import prediction
 from mhc_dist.config import RunConfig
 from mhc_dist.pipeline.action import Pass
@@ -74,6 +75,7 @@ class Plan:
     rounds: int
     slow_motion: float | None
     max_overrun: float
+    routing: Rule
 
 
 @dataclass
@@ -91,7 +93,7 @@ def measure(rank: int, store: str, config: RunConfig, plan: Plan, result: Path) 
     """One rank of the bench. Rank 0 writes its figures to `result`."""
     configs = {mode: with_recompute(config, mode) for mode in MODES}
     plain = {mode: lower(schedule_of(c), own_shapes(c).chunks) for mode, c in configs.items()}
-    cell = Cell.join(rank, store, config, plain["none"].links)
+    cell = Cell.join(rank, store, config, plain["none"].links, plan.routing)
     stages = {mode: cell.stage(c, plain[mode]) for mode, c in configs.items()}
 
     warm = {}
@@ -129,6 +131,7 @@ def measure(rank: int, store: str, config: RunConfig, plan: Plan, result: Path) 
         figures = _figures(variants, everyone, plan) | {
             "all_to_all_to_compute_ratio": plan.ratio,
             "slow_motion": plan.slow_motion,
+            "routing": plan.routing,
             "link_bytes_per_second": link.bytes_per_second,
             "link_latency_seconds": link.latency_seconds,
             "ranks": config.num_processes,
@@ -250,6 +253,12 @@ def add_rank_options(parser: argparse.ArgumentParser) -> None:
         help="delay mode: share of late time above which the run is refused (%(default)s)",
     )
     parser.add_argument("--ratio", type=float, default=0.6, help="all-to-all time over compute time (0.6)")
+    parser.add_argument(
+        "--routing",
+        choices=("even", "untrained"),
+        default="even",
+        help="rows per expert: all alike, or as random weights send them (even)",
+    )
 
 
 def rank_settings(options: argparse.Namespace) -> Sequence[str]:
@@ -294,7 +303,7 @@ def _table(figures: dict[str, Any]) -> str:
 
 
 def _measure(config: RunConfig, options: argparse.Namespace) -> Outcome:
-    plan = Plan(options.ratio, options.rounds, slow_motion_of(options), options.max_overrun)
+    plan = Plan(options.ratio, options.rounds, slow_motion_of(options), options.max_overrun, options.routing)
     figures = run(config, plan)
     stem = f"overlap_{options.ratio:g}" + ("" if options.ranks == 2 else f"_{options.ranks}_ranks")
     return Outcome(stem, label_of(options), figures, _table(figures))

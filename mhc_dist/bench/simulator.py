@@ -31,6 +31,7 @@ from mhc_dist.bench.peers.costs import (
     payloads_of,
     stretched,
 )
+from mhc_dist.bench.routing import Rule
 from mhc_dist.bench.simulated import predicted_seconds
 from mhc_dist.config import RunConfig
 from mhc_dist.pipeline.action import Program
@@ -55,6 +56,7 @@ class Plan:
     ratio: float
     rounds: int
     slow_motion: float | None
+    routing: Rule
 
 
 @dataclass
@@ -75,7 +77,9 @@ def measure(rank: int, store: str, config: RunConfig, plan: Plan, result: Path) 
         for name, mode in product(plan.schedules, plan.modes)
     }
     plain = {case: lower(schedule_of(c), own_shapes(c).chunks) for case, c in configs.items()}
-    cell = Cell.join(rank, store, config, sorted({link for p in plain.values() for link in p.links}))
+    cell = Cell.join(
+        rank, store, config, sorted({link for p in plain.values() for link in p.links}), plan.routing
+    )
     cases = {case: _prepare(cell, configs[case], plain[case], plan) for case in configs}
     for turn in range(plan.rounds + 1):
         for case in cases.values():
@@ -158,6 +162,7 @@ def _figures(
         "cases": rows,
         "all_to_all_to_compute_ratio": plan.ratio,
         "slow_motion": plan.slow_motion,
+        "routing": plan.routing,
         "ranks": config.num_processes,
         "num_microbatches": config.schedule.num_microbatches,
         "rounds": plan.rounds,
@@ -198,8 +203,14 @@ def _table(figures: dict[str, Any]) -> str:
 
 
 def _measure(config: RunConfig, options: argparse.Namespace) -> Outcome:
-    slow_motion = slow_motion_of(options)
-    plan = Plan(tuple(options.schedules), tuple(options.modes), options.ratio, options.rounds, slow_motion)
+    plan = Plan(
+        tuple(options.schedules),
+        tuple(options.modes),
+        options.ratio,
+        options.rounds,
+        slow_motion_of(options),
+        options.routing,
+    )
     figures = run(config, plan, options.max_overrun)
     return Outcome(f"simulator_{options.ranks}_ranks", label_of(options), figures, _table(figures))
 

@@ -1,0 +1,29 @@
+"""Who gets a token's rows in a bench.
+
+An untrained router prefers some experts by a quarter of the rows and more, differently on every batch; a
+trained one is kept balanced. Even routing sends equally many rows to every expert: the case that balancing
+aims at, that the planner assumes, and in which no rank waits for another's experts.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+import torch
+
+from mhc_dist.model.moe import Router, Routing
+from mhc_dist.parallel.stage import Stage
+
+Rule = Literal["even", "untrained"]
+
+
+def spread_evenly(stage: Stage) -> None:
+    """From now on slot k of token t goes to expert t * K + k, counted round; weights stay as they are."""
+    for _, router in stage.routers():
+        router.register_forward_hook(_evenly)
+
+
+def _evenly(router: Router, inputs: Any, routing: Routing) -> Routing:
+    slots = torch.arange(routing.expert_TK.numel(), device=routing.expert_TK.device)
+    even_TK = (slots % router.bias_E.numel()).view_as(routing.expert_TK)
+    return routing._replace(expert_TK=even_TK)
