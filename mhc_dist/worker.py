@@ -20,6 +20,7 @@ from mhc_dist.model.hyper_connection import ManifoldConnection
 from mhc_dist.observe.stability import StabilityProbe
 from mhc_dist.optim.deepspeed_engine import OptimizerEngine, StepOutcome
 from mhc_dist.parallel.boundary import message_shape
+from mhc_dist.parallel.doing import Doing
 from mhc_dist.parallel.expert_exchange import ExpertExchange
 from mhc_dist.parallel.process_groups import ProcessGroups
 from mhc_dist.parallel.stage import Stage
@@ -64,9 +65,12 @@ class Worker:
         topology: Topology,
         groups: ProcessGroups,
         device: torch.device,
-        on_action: Callable[[Action], None] | None = None,
+        on_action: Callable[[object], None] | None = None,
     ) -> Worker:
-        """Build this rank's chunks from the seed and connect them. Collective over the world."""
+        """Build this rank's chunks from the seed and connect them. Collective over the world.
+
+        on_action: told everything this rank does before it does it; `str` of it says what it waits for.
+        """
         streams = make_streams(device)
         exchange = ExpertExchange(
             config.model.num_experts, topology.expert, groups.expert_forward, groups.expert_backward, streams
@@ -95,8 +99,13 @@ class Worker:
             exchange_bytes=rows_bytes * (topology.expert - 1) // topology.expert,
             device=device,
         )
+
+        def report(action: Action) -> None:
+            if on_action is not None:
+                on_action(Doing(action, topology))
+
         executor = Executor(
-            topology.pipeline_rank, stage.by_index, transport, on_action, wires=wires, streams=streams
+            topology.pipeline_rank, stage.by_index, transport, report, wires=wires, streams=streams
         )
         # The first data rank of a stage speaks for all: they have the same weights.
         every = config.observe.stability_every if topology.data_rank == 0 else 0
