@@ -41,6 +41,12 @@ def checkpoint(context: typer.Context) -> None:
 
 
 @bench_app.command(context_settings=PASS_ON)
+def simulator(context: typer.Context) -> None:
+    """Predicted against measured steps, for every schedule and recompute mode (`--help` for options)."""
+    raise typer.Exit(_measure("mhc_dist.bench.simulator", context.args))
+
+
+@bench_app.command(context_settings=PASS_ON)
 def peers(context: typer.Context) -> None:
     """The same layers under DeepSpeed's and torch's DualPipeV and ours (`--help` for options)."""
     raise typer.Exit(_measure("mhc_dist.bench.peers", context.args))

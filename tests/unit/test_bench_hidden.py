@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from mhc_dist.bench.hidden import hidden_report
+from mhc_dist.bench.hidden import hidden_report, together
 from mhc_dist.parallel.emulated_link import EmulatedLink
 from mhc_dist.pipeline.action import Action, ActionKind, Pass
 from mhc_dist.pipeline.trace import Event
@@ -35,6 +35,31 @@ def test_shares_of_a_timeline() -> None:
     assert report.hidden_ratio() == pytest.approx(7 / 10)
     # One second of the first and one of the second recompute lie under a flight, of four in all.
     assert report.recompute_hidden_ratio == pytest.approx(2 / 4)
+
+
+def test_waiting_is_told_apart_by_cause_and_by_part_of_the_step() -> None:
+    """Oracle: a timeline written by hand: a second a byte, the link delivers at 4, the peer's data come at 7."""
+    events = [
+        event(ActionKind.ISSUE, "dispatch.1", 0, 0, F, 4),
+        event(ActionKind.COMPUTE, "shared.1", 0, 1),
+        event(ActionKind.WAIT, "dispatch.1", 1, 7, F),
+        event(ActionKind.COMPUTE, "experts.1", 7, 8),
+        event(ActionKind.SEND, "", 8, 8, F, 5),
+        event(ActionKind.GRADIENT, "experts.1", 8, 9),
+        event(ActionKind.ISSUE, "dispatch.1", 9, 9, B, 2),
+        event(ActionKind.WAIT, "dispatch.1", 10, 15, B),
+    ]
+    report = hidden_report(events, float)
+    waited = report.exposed["dispatch", F]
+    assert (waited.wire, waited.peer) == (3, 3)
+    # The message occupies the link from 8 to 13, so the exchange lands at 15: all its wait is the wire's.
+    assert (report.exposed["dispatch", B].wire, report.exposed["dispatch", B].peer) == (5, 0)
+    assert report.hidden_ratio(("dispatch", F), wire_only=True) == pytest.approx(1 / 4)
+    assert report.hidden_ratio(("dispatch", F)) == 0.0
+    shares = report.exposed_shares()
+    assert (shares["fill"], shares["steady"], shares["drain"]) == (1.0, 0.0, pytest.approx(5 / 6))
+    both = together([report, report])
+    assert both.exposed_shares() == pytest.approx(shares)
 
 
 def test_nothing_recomputed_has_no_share() -> None:
