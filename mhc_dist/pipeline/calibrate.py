@@ -55,7 +55,8 @@ def _seconds(event: TraceEvent) -> float:
 
 
 def _median_of(events: Sequence[TraceEvent], kind: ActionKind, otherwise: float) -> float:
-    seen = [_seconds(event) for event in events if event.action.kind is kind]
+    # The end of a step waits for the slowest rank; that is no cost of its own.
+    seen = [_seconds(event) - event.starved for event in events if event.action.kind is kind]
     return median(seen) if seen else otherwise
 
 
@@ -169,11 +170,15 @@ def _message(costs: CostTable, events: Sequence[TraceEvent]) -> MessageCost:
 
     Times of different ranks are compared, so their clocks must agree, as they do on one host.
     """
-    sent = {message_of(event.action): event.start for event in events if event.action.kind is ActionKind.SEND}
+    sent = {
+        (event.column, message_of(event.action)): event.start
+        for event in events
+        if event.action.kind is ActionKind.SEND
+    }
     seen = []
     for event in events:
         if event.action.kind is ActionKind.ARRIVE:
-            start = sent.get(message_of(event.action))
+            start = sent.get((event.column, message_of(event.action)))
             if start is not None and event.start <= start < event.end:
                 seen.append(event.end - start)
     return replace(costs.message, seconds=median(seen)) if seen else costs.message

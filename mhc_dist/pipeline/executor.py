@@ -24,7 +24,7 @@ from mhc_dist.pipeline.action import (
 )
 from mhc_dist.pipeline.live import LiveMicrobatch
 from mhc_dist.pipeline.phase import Chunk, Exchange, Item, Phase
-from mhc_dist.pipeline.streams import HostStreams, Mark, Streams, Token
+from mhc_dist.pipeline.streams import HostStreams, Streams, Token
 from mhc_dist.pipeline.trace import Event, Trace
 from mhc_dist.pipeline.transport import PendingMessage, Transport
 from mhc_dist.pipeline.wire import Waited, WireTimes, split_wait
@@ -93,11 +93,11 @@ class Executor:
         """
         assert len(microbatches) == program.num_microbatches, (len(microbatches), program.num_microbatches)
         streams = self._streams
+        marks = [streams.mark()]
         run = _Run(
             self._rank, self._chunks, self._items, self._transport, streams, program, microbatches, step_end
         )
         actions = program.actions[self._rank]
-        marks: list[Mark] = []
         moved: list[_Done] = []
         for action in actions:
             if self._on_action is not None:
@@ -110,13 +110,14 @@ class Executor:
             marks.append(streams.mark())
         self._transport.drain()
         run.check_finished()
+        marks.append(streams.mark())
         trace = self._trace(actions, streams.seconds(marks), moved)
         return StepOutput([loss for _, loss in sorted(run.losses.items())], trace)
 
     def _trace(self, actions: Sequence[Action], times: Sequence[float], moved: Sequence[_Done]) -> Trace:
-        """times: start and end of every action."""
-        trace = Trace()
-        for action, start, end, done in zip(actions, times[::2], times[1::2], moved, strict=True):
+        """times: start of the run, start and end of every action, end of the run."""
+        trace = Trace(began=times[0], ended=times[-1])
+        for action, start, end, done in zip(actions, times[1:-1:2], times[2:-1:2], moved, strict=True):
             waited = self._waited(action, end - start, done)
             trace.events.append(Event(action, start, end, done.num_bytes, waited.blocked, waited.starved))
         return trace

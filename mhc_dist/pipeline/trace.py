@@ -83,13 +83,21 @@ def awaited_action(action: Action) -> Action | None:
 
 @dataclass
 class Trace:
-    """The events of one run of a program on one rank, in order."""
+    """The events of one run of a program on one rank, in order.
+
+    began, ended: the whole run, with what surrounds the events; by default the first and the last of them.
+    """
 
     events: list[Event] = field(default_factory=list)
+    began: float | None = None
+    ended: float | None = None
 
     @property
     def seconds(self) -> float:
-        return self.events[-1].end - self.events[0].start if self.events else 0.0
+        if not self.events:
+            return 0.0
+        began = self.events[0].start if self.began is None else self.began
+        return (self.events[-1].end if self.ended is None else self.ended) - began
 
     def phase_seconds(self) -> dict[StepPhase, float]:
         """Seconds per phase. Time between actions is `other`, so the sum is the trace's wall time."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from dataclasses import replace
+from pathlib import Path
 from typing import NamedTuple
 
 import pytest
@@ -15,13 +16,21 @@ from mhc_dist.parallel.process_groups import ProcessGroups
 from mhc_dist.parallel.wire_times import measure_wires, wire_through
 from mhc_dist.pipeline.action import Action, ActionKind
 from mhc_dist.pipeline.executor import Executor
-from mhc_dist.pipeline.trace import StepPhase, Trace, awaited_action
+from mhc_dist.pipeline.perfetto import read_about, read_events
+from mhc_dist.pipeline.trace import Event, StepPhase, Trace, awaited_action
 from mhc_dist.pipeline.wire import MeasuredWires
+from mhc_dist.plan.cluster import load_cluster
+from mhc_dist.plan.machine import Machine
+from mhc_dist.plan.run_costs import calibration_from_trace
+from mhc_dist.plan.run_programs import plan_run
 from mhc_dist.topology import Topology
+from mhc_dist.worker import Worker
+from tests.multi_rank.forked_run import run_to_end, write_corpus
 from tests.multi_rank.harness import run_ranks
 from tests.small import small_config
 
 SLOW_SECONDS = 0.04
+LATE_SECONDS = 0.5
 
 
 class Traced(NamedTuple):
@@ -138,3 +147,55 @@ def test_line_through_two_times() -> None:
     assert wire.latency_seconds == pytest.approx(1.5e-3)
     noisy = wire_through({1000: 3e-3, 11000: 2e-3})
     assert (noisy.latency_seconds, noisy.seconds_per_byte) == (2e-3, 0.0)
+
+
+def be_late(rank: int) -> None:
+    """Rank 1 comes to the end of each step LATE_SECONDS after the others."""
+    real = Worker.reduce
+
+    def reduce(self: Worker) -> None:
+        if rank == 1:
+            time.sleep(LATE_SECONDS)
+        real(self)
+
+    Worker.reduce = reduce  # type: ignore[method-assign]
+
+
+def test_a_run_writes_the_steps_it_was_asked_for(tmp_path: Path) -> None:
+    """Oracle: the run's own program, rank by rank; the delay that rank 1 is given."""
+    config = small_config(
+        model={"num_layers": 3, "vocab_size": 256},
+        parallel={"pipeline": 2, "data": 2, "expert": 2},
+        schedule={"name": "1f1b", "num_microbatches": 2},
+        data={"corpus": str(write_corpus(tmp_path / "text"))},
+        train={
+            "name": "run",
+            "output": str(tmp_path),
+            "steps": 3,
+            "backend": "gloo",
+            "validate_every": 0,
+            "validation_batches": 1,
+        },
+        observe={"metrics_port": 0, "trace_steps": [2]},
+    )
+    run_to_end(config, prepare=be_late)
+    folder = config.folder / "trace"
+    assert sorted(path.name for path in folder.iterdir()) == ["step_2", "step_2.json"]
+    merged = read_events(folder / "step_2.json")
+    program = plan_run(config).training
+    for rank in range(4):
+        path = folder / "step_2" / f"rank_{rank}.json"
+        events, about = read_events(path), read_about(path)
+        assert (about["step"], about["rank"], about["data_rank"]) == (2, rank, rank % 2)
+        assert tuple(event.action for event in events) == program.actions[rank // 2]
+        own = [event for event in merged if event.rank == rank]
+        assert [(e.action, e.column) for e in own] == [(e.action, e.column) for e in events]
+        assert [e.start for e in own] == pytest.approx([e.start for e in events], abs=1e-6)
+        trace = Trace([Event(e.action, e.start, e.end, 0, e.blocked, e.starved) for e in events])
+        assert sum(trace.phase_seconds().values()) == pytest.approx(about["seconds"], rel=0.01, abs=0.02)
+        (end,) = [event for event in events if event.action.kind is ActionKind.STEP]
+        # The last one to come hardly waits. Its neighbour over data waits for its gradients instead.
+        assert (end.starved > 0.5 * LATE_SECONDS) == (rank in (2, 3)), (rank, end)
+    machine = Machine(load_cluster("laptop"))
+    calibrated = calibration_from_trace(config, machine, folder / "step_2.json")
+    assert calibrated != Machine(load_cluster("laptop")).calibration
