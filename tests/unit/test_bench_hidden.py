@@ -38,7 +38,7 @@ def test_shares_of_a_timeline() -> None:
 
 
 def test_waiting_is_told_apart_by_cause_and_by_part_of_the_step() -> None:
-    """Oracle: a timeline written by hand: a second a byte, the link delivers at 4, the peer's data come at 7."""
+    """Oracle: a timeline by hand: a second a byte, the link delivers at 4, the peer's data come at 7."""
     events = [
         event(ActionKind.ISSUE, "dispatch.1", 0, 0, F, 4),
         event(ActionKind.COMPUTE, "shared.1", 0, 1),
