@@ -1,4 +1,4 @@
-"""An action in the words of a dump: what the rank does, what it waits for, and from which ranks of the run."""
+"""An action in the words of a dump: what a rank does, what it waits for, and from which ranks."""
 
 from __future__ import annotations
 
