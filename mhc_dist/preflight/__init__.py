@@ -1,0 +1,1 @@
+"""Look at hosts and links before a run is started on them."""

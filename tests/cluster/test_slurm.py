@@ -1,0 +1,173 @@
+"""A real Slurm of two nodes on hosts of our own: sbatch, srun, training."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+from hosts import Hosts
+
+from runs import ENVIRON, MHC_DIST, SMALL, TINY, need, summary
+
+pytestmark = pytest.mark.needs_root
+
+
+@dataclass
+class Slurm:
+    hosts: Hosts
+    environ: dict[str, str]
+
+
+def write_configuration(folder: Path) -> Path:
+    """One controller and two nodes of two processors each; nothing that needs systemd or control groups."""
+    (folder / "state").mkdir()
+    path = folder / "slurm.conf"
+    path.write_text(
+        f"""ClusterName=mhcl
+SlurmctldHost=node0
+SlurmUser=root
+AuthType=auth/munge
+AuthInfo=socket={folder}/munge.socket
+CredType=cred/munge
+StateSaveLocation={folder}/state
+SlurmdSpoolDir={folder}/spool-%n
+SlurmctldPidFile={folder}/slurmctld.pid
+SlurmdPidFile={folder}/slurmd-%n.pid
+SlurmctldLogFile={folder}/slurmctld.log
+SlurmdLogFile={folder}/slurmd-%n.log
+ProctrackType=proctrack/linuxproc
+TaskPlugin=task/none
+JobAcctGatherType=jobacct_gather/none
+MpiDefault=none
+SwitchType=switch/none
+SelectType=select/cons_tres
+ReturnToService=2
+SchedulerParameters=sched_interval=2
+SlurmdParameters=config_overrides
+NodeName=node[0-1] CPUs=2 RealMemory=2000 State=UNKNOWN
+PartitionName=all Nodes=ALL Default=YES MaxTime=INFINITE State=UP OverSubscribe=YES
+"""
+    )
+    return path
+
+
+@pytest.fixture(scope="module")
+def slurm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Slurm]:
+    need("ip", "unshare", "munged", "slurmctld", "slurmd", "srun", "sbatch")
+    folder = tmp_path_factory.mktemp("slurm")
+    folder.chmod(0o755)
+    configuration = write_configuration(folder)
+    key = folder / "munge.key"
+    key.write_bytes(bytes(range(256)) * 4)
+    key.chmod(0o400)
+    environ = ENVIRON | {"SLURM_CONF": str(configuration)}
+    with ExitStack() as opening:
+        hosts = opening.enter_context(Hosts(2))
+        munged = ["/usr/sbin/munged", "--foreground", "--force", f"--socket={folder}/munge.socket"]
+        munged += [f"--key-file={key}", f"--log-file={folder}/munged.log", f"--pid-file={folder}/munged.pid"]
+        hosts[0].start([*munged, f"--seed-file={folder}/munged.seed"], environ)
+        hosts[0].start(["/usr/sbin/slurmctld", "-D"], environ)
+        for number in range(2):
+            hosts[number].start(["/usr/sbin/slurmd", "-D", "-N", f"node{number}"], environ)
+        deadline = time.monotonic() + 90
+        while "idle" not in (seen := hosts[0].run(["sinfo", "-h", "-o", "%t %D"], environ)).stdout or (
+            " 2" not in seen.stdout
+        ):
+            assert time.monotonic() < deadline, (seen, *(log.read_text() for log in folder.glob("*.log")))
+            time.sleep(0.5)
+        yield Slurm(hosts, environ)
+
+
+@pytest.fixture(scope="module")
+def loss(tmp_path_factory: pytest.TempPathFactory) -> float:
+    """What the run's last step gives on a single node, without Slurm."""
+    import os
+
+    from runs import train_command
+
+    done = subprocess.run(
+        train_command(tmp_path_factory.mktemp("single")),
+        env=os.environ | ENVIRON,
+        capture_output=True,
+        text=True,
+        timeout=600,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    found = summary(done.stdout)["train_loss"]
+    assert isinstance(found, float)
+    return found
+
+
+def wait_for_job(slurm: Slurm, job: str, log: Path, seconds: float) -> str:
+    deadline = time.monotonic() + seconds
+    while slurm.hosts[0].run(["squeue", "-h", "-j", job, "-o", "%T"], slurm.environ).stdout.strip():
+        assert time.monotonic() < deadline, log.read_text() if log.exists() else "the job does not end"
+        time.sleep(0.5)
+    return log.read_text()
+
+
+def test_a_rendered_script_trains_on_two_nodes(slurm: Slurm, tmp_path: Path, loss: float) -> None:
+    """Oracle: the single-node run's loss; the script as `mhc-dist slurm render` writes it."""
+    script, log = tmp_path / "run.sbatch", tmp_path / "job.log"
+    values = [*SMALL, f"train.output={tmp_path / 'runs'}"]
+    overrides = [part for value in values for part in ("--set", value)]
+    shape = ["--nodes", "2", "--gpus-per-node", "0", "--processes-per-node", "2", "--cpus-per-task", "1"]
+    rendered = subprocess.run(
+        [MHC_DIST, "slurm", "render", str(TINY), *shape, "--time", "00:30:00", *overrides],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=True,
+    )
+    path = f"export PATH={Path(sys.executable).parent}:$PATH\n"
+    script.write_text(rendered.stdout.replace("# exec:", f"{path}# exec:"))
+    submitted = slurm.hosts[0].run(
+        ["sbatch", "--parsable", "--output", str(log), "--chdir", str(tmp_path), str(script)], slurm.environ
+    )
+    assert submitted.returncode == 0, submitted.stderr
+    text = wait_for_job(slurm, submitted.stdout.strip(), log, 400)
+    found = next((line for line in text.splitlines() if line.startswith('{"run"')), None)
+    assert found is not None, text
+    assert summary(found)["train_loss"] == pytest.approx(loss, abs=1e-6)
+
+
+def test_ranks_that_srun_started(slurm: Slurm, tmp_path: Path, loss: float) -> None:
+    """Oracle: the single-node run's loss; every task of `srun mhc-dist train --launcher none` is a rank."""
+    values = [*SMALL, f"train.output={tmp_path / 'runs'}"]
+    overrides = [part for value in values for part in ("--set", value)]
+    done = slurm.hosts[0].run(
+        [
+            *("srun", "--nodes", "2", "--ntasks-per-node", "2", "--chdir", str(tmp_path)),
+            *(MHC_DIST, "train", str(TINY), "--launcher", "none", *overrides),
+        ],
+        slurm.environ,
+        timeout=400,
+    )
+    assert done.returncode == 0, done.stderr
+    line = next(line for line in done.stdout.splitlines() if line.startswith('{"run"'))
+    assert summary(line)["train_loss"] == pytest.approx(loss, abs=1e-6)
+
+
+def test_outside_of_an_allocation_slurm_is_refused(tmp_path: Path) -> None:
+    """Oracle: an environment without Slurm's variables, and the words that say what to do."""
+    import os
+
+    environ = {name: value for name, value in os.environ.items() if not name.startswith("SLURM")}
+    done = subprocess.run(
+        [MHC_DIST, "train", str(TINY), "--launcher", "slurm", "--set", f"train.output={tmp_path}"],
+        env=environ,
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+    assert done.returncode == 2
+    assert "SLURM_JOB_NODELIST is not set" in done.stderr
+    assert "slurm render" in done.stderr
