@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal
@@ -87,8 +88,12 @@ def _constants(prefix: str, section: BaseModel) -> list[tuple[str, Constant]]:
     return found
 
 
-CLUSTER_FOLDERS = (Path("configs/clusters"), Path(__file__).resolve().parents[2] / "configs/clusters")
-"""Where names are looked up: under the current folder, then beside the package."""
+CLUSTER_FOLDERS = (
+    Path("configs/clusters"),
+    Path(__file__).resolve().parents[2] / "configs/clusters",
+    Path(sys.prefix) / "configs/clusters",
+)
+"""Where names are looked up: under the current folder, beside the package, in the environment (images)."""
 
 
 def load_cluster(name_or_path: str, folders: Sequence[Path] = CLUSTER_FOLDERS) -> Cluster:

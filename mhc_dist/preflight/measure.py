@@ -163,7 +163,7 @@ def compute(device: torch.device) -> Compute:
     rates = {}
     for name, dtype in (("fp32", torch.float32), ("bf16", torch.bfloat16)):
         matrix = torch.ones(MATMUL_SIZE, MATMUL_SIZE, dtype=dtype, device=device)
-        seconds = _seconds_each(lambda m=matrix: m @ m, device)  # type: ignore[misc]
+        seconds = _seconds_each(lambda m=matrix: m @ m, device)
         rates[name] = 2 * MATMUL_SIZE**3 / seconds
     source = torch.zeros(COPY_BYTES, dtype=torch.uint8, device=device)
     target = torch.empty_like(source)

@@ -204,15 +204,13 @@ def test_wrong_hosts_are_refused(
 
 def test_missing_ssh_and_pdsh_are_named(cluster: Cluster, uneven: Path, tmp_path: Path) -> None:
     """Oracle: a PATH that lacks them."""
-    command = train_command(tmp_path / "runs", "--hostfile", str(uneven))
-    refused(
-        cluster.hosts[0], command, cluster.environ | {"PATH": "/sbin"}, "pdsh is not installed", "apt-get"
-    )
     tools = tmp_path / "bin"
     tools.mkdir()
+    command = ["/usr/bin/env", f"PATH={tools}"]
+    command += train_command(tmp_path / "runs", "--hostfile", str(uneven))
+    refused(cluster.hosts[0], command, cluster.environ, "pdsh is not installed", "apt-get install pdsh")
     (tools / "pdsh").symlink_to("/usr/bin/pdsh")
-    environ = cluster.environ | {"PATH": str(tools)}
-    refused(cluster.hosts[0], command, environ, "ssh is not installed", "openssh-client", "--no-ssh")
+    refused(cluster.hosts[0], command, cluster.environ, "ssh is not installed", "openssh-client", "--no-ssh")
 
 
 def test_a_taken_port_is_refused(cluster: Cluster, uneven: Path, tmp_path: Path) -> None:
