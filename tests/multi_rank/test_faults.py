@@ -129,13 +129,14 @@ def test_a_link_that_stalls_ends_the_run_with_the_action_that_waits(corpus: Path
     codes = run.wait()
     output = run.output.read_text()
     assert codes == [ExitCode.STUCK, ExitCode.STUCK], output
-    stuck = re.search(r"no progress: rank (\d) has been in (\S+) c0 m\d (\S+) for (\d+\.\d) s", output)
+    waiting = r"c0 m\d (\S+), waiting for tokens of rank \d for"
+    stuck = re.search(rf"no progress: rank (\d) has been in (\S+) {waiting} (\d+\.\d) s", output)
     assert stuck, output
     assert stuck[2] in ("wait.F", "wait.B")
     assert TIMEOUT_SECONDS <= float(stuck[4]) < 2 * TIMEOUT_SECONDS
     # What every rank was doing: the stalled one waits for its exchange, the other for an exchange with it.
-    assert re.search(r"rank 1 \(.*\): wait\.[FB] c0 m\d \S+ for", output), output
-    assert re.search(r"rank 0 \(.*\): wait\.[FB] c0 m\d \S+ for", output), output
+    assert re.search(r"rank 1 \(.*\): wait\.[FB] c0 m\d \S+, waiting for tokens of rank 0 for", output), output
+    assert re.search(r"rank 0 \(.*\): wait\.[FB] c0 m\d \S+, waiting for tokens of rank 1 for", output), output
 
 
 def test_programs_that_differ_are_refused_before_the_first_step(corpus: Path, tmp_path: Path) -> None:
