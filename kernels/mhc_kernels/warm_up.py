@@ -13,7 +13,8 @@ from torch import Tensor
 from mhc_kernels.spec import Connection, ConnectionSpec, Kept, SeamBackend
 
 MAY_TAKE_SECONDS = {"compiled": 900.0, "triton": 900.0}
-"""Upper bounds for a loaded machine with an empty compiler cache; measured: 5 s on a quiet one, 2 minutes on a busy one."""
+"""Upper bounds, for a busy machine with an empty compiler cache. `compiled` took 5 s on a quiet machine and 2
+minutes on a busy one."""
 
 
 def may_take_seconds(backend: SeamBackend) -> float:

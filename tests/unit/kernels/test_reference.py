@@ -8,7 +8,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from mhc_kernels import reference
+from mhc_kernels import reference, token_last
 from mhc_kernels.seam import ConnectionSpec, Mixing, make_backend
 
 from tests.unit.kernels.seam_cases import ALL_SPECS, Case, chain, kept_of, make_inputs
@@ -40,6 +40,60 @@ def test_sinkhorn_with_eps_is_the_transposed_convention(std: float) -> None:
     ours = reference.sinkhorn(logits_TNN, iterations=20, eps=1e-6)
     theirs = transposed_sinkhorn_with_eps(logits_TNN.transpose(1, 2).contiguous(), 20, 1e-6)
     torch.testing.assert_close(ours.transpose(1, 2), theirs, rtol=1e-10, atol=1e-13)
+
+
+def test_whole_seam_in_the_released_convention() -> None:
+    """Oracle: scalar loops over one token in the released code's order: comb[in][out], eps 1e-6 on H_pre and
+    in Sinkhorn, H_post twice a sigmoid, the projection divided by the RMS over all streams."""
+    spec = ConnectionSpec(num_streams=4, sinkhorn_eps=1e-6, pre_eps=1e-6, projection_norm_eps=1e-6)
+    inputs = make_inputs(Case(1, 16, spec), torch.float64, sublayers=1)
+    backend, connection = make_backend("reference"), inputs.connections[0]
+    seam = backend.open(inputs.streams_TNC, connection)
+    out_TNC = backend.close(inputs.streams_TNC, inputs.ys[0], seam.post_TN, seam.res_TNN)
+    x, y = inputs.streams_TNC[0].tolist(), inputs.ys[0][0].tolist()
+    flat = [value for stream in x for value in stream]
+    rms = math.sqrt(sum(value * value for value in flat) / len(flat) + 1e-6)
+    projected = [
+        sum(p * v for p, v in zip(row, flat, strict=True)) / rms for row in connection.phi_MD.tolist()
+    ]
+    scales = [
+        a for a, count in zip(connection.alpha_3.tolist(), (4, 4, 16), strict=True) for _ in range(count)
+    ]
+    logits = [s * p + b for s, p, b in zip(scales, projected, connection.bias_M.tolist(), strict=True)]
+    pre = [1 / (1 + math.exp(-value)) + 1e-6 for value in logits[:4]]
+    post = [2 / (1 + math.exp(-value)) for value in logits[4:8]]
+    by_out = torch.tensor(logits[8:], dtype=torch.float64).view(1, 4, 4)
+    comb = transposed_sinkhorn_with_eps(by_out.transpose(1, 2), 20, 1e-6)[0].tolist()
+    for c in range(16):
+        for o in range(4):
+            mixed = sum(comb[i][o] * x[i][c] for i in range(4)) + post[o] * y[c]
+            assert out_TNC[0, o, c].item() == pytest.approx(mixed, rel=1e-9, abs=1e-12)
+    torch.testing.assert_close(seam.pre_TN[0], torch.tensor(pre, dtype=torch.float64))
+
+
+@settings(max_examples=60, deadline=None)
+@given(n=st.sampled_from([2, 4, 8]), scale=st.floats(0.0, 1e4), seed=st.integers(0, 2**31 - 1))
+def test_fp32_sinkhorn_is_as_doubly_stochastic_as_exact_arithmetic(n: int, scale: float, seed: int) -> None:
+    """Oracle: the definition, for logits of any size. In fp32 rows sum to 1, entries are in [0, 1], and the
+    columns miss 1 by no more than 20 exact iterations miss it; for logits within +-1 by next to nothing."""
+    spec = ConnectionSpec(num_streams=n)
+    spread = torch.rand(5, n * n, generator=torch.Generator().manual_seed(seed)) * 2 - 1
+    mix_TM = torch.cat([torch.zeros(5, 2 * n), spread], dim=1)
+    alpha_3, bias_M = torch.tensor([1.0, 1.0, scale]), torch.zeros(2 * n + n * n)
+    exact = reference.coefficients(mix_TM.double(), alpha_3.double(), bias_M.double(), spec).res_TNN
+    assert exact is not None
+    missed = (exact.sum(-2) - 1).abs()
+    for module in (reference, token_last):
+        res_TNN = module.coefficients(mix_TM, alpha_3, bias_M, spec).res_TNN
+        assert res_TNN is not None
+        assert res_TNN.dtype == torch.float32
+        assert (res_TNN.sum(-1) - 1).abs().max() < 1e-6
+        assert res_TNN.min() >= 0.0
+        assert res_TNN.max() <= 1.0 + 1e-6
+        columns = (res_TNN.double().sum(-2) - 1).abs()
+        assert (columns <= missed + 1e-4).all()
+        if scale <= 1.0:
+            assert columns.max() < 1e-5
 
 
 @settings(max_examples=60, deadline=None)
