@@ -121,6 +121,14 @@ def plan_command(
         typer.Option(metavar="TRACE", help="Trace of a run of CONFIG on this cluster: corrects the costs."),
     ] = None,
     rows: Annotated[int, typer.Option(help="Layouts to print.")] = 10,
+    without_measures: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--without",
+            metavar="MEASURE",
+            help="Also simulate the best layout without fusion, recompute or overlap. May be repeated.",
+        ),
+    ] = None,
     png: Annotated[Path | None, typer.Option(help="Draw the best layout's step.")] = None,
     html: Annotated[Path | None, typer.Option(help="The same as a page to zoom and hover.")] = None,
     trace: Annotated[Path | None, typer.Option(help="The same for ui.perfetto.dev.")] = None,
@@ -135,7 +143,12 @@ def plan_command(
     from mhc_dist.plan.report import plan_json, plan_text
     from mhc_dist.plan.run_costs import calibration_from_trace
     from mhc_dist.plan.search import search
+    from mhc_dist.plan.without import Measure, without, without_text
 
+    known = [measure.value for measure in Measure]
+    for name in without_measures or ():
+        if name not in known:
+            raise ValueError(f"--without {name}: choose from {', '.join(known)}.")
     _check_folders(png=png, html=html, trace=trace)
     config = load_config(path, overrides or ())
     machine = Machine(load_cluster(cluster))
@@ -147,8 +160,16 @@ def plan_command(
     found = search(config, machine, num_devices)
     cost = overhead(config, machine, num_devices, found.best[0])
     typer.echo(plan_text(config, machine, num_devices, found, cost, rows))
+    reduced = [without(config, machine, found.best[0], Measure(name)) for name in without_measures or ()]
+    if reduced:
+        typer.echo(f"\n{without_text(reduced, machine)}")
     if png or html or trace:
         planned = build(config, machine, found.best[0].layout)
         _draw(Shown(planned.program, planned.simulation, "second"), png, html, trace)
     if as_json:
-        typer.echo(json.dumps(plan_json(config, found, cost)))
+        content = plan_json(config, found, cost)
+        content["without"] = {
+            r.measure.value: {"step_seconds": r.evaluation.step_seconds, "slower": r.slower, "fits": r.fits}
+            for r in reduced
+        }
+        typer.echo(json.dumps(content))

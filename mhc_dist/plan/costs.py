@@ -26,6 +26,7 @@ from mhc_dist.plan.work import (
     head_work,
     routing_work,
     shared_work,
+    unfused_connection_work,
 )
 
 SCORES_BACKWARD = 2.5
@@ -83,7 +84,7 @@ class CostModel:
     def _phase(self, layout: Layout, place: ChunkPlace, shape: PhaseShape, charge: Charge) -> PhaseCost:
         parts = self._parts(place, shape)
         work = parts.work
-        connection = connection_work(self.config)
+        connection = (connection_work if charge.fused else unfused_connection_work)(self.config)
         timed = connection_work(plain_residual(self.config)) if not charge.kernels else connection
         width, tokens = self.config.model.hidden_size, self.num_tokens
         seams = parts.seams

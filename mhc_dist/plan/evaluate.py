@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from mhc_dist.config import RunConfig
 from mhc_dist.model.flops import model_flops_per_token
-from mhc_dist.pipeline.action import Program
+from mhc_dist.pipeline.action import Action, ActionKind, Pass, Program
 from mhc_dist.pipeline.cost import CostTable
+from mhc_dist.pipeline.lower import lower
 from mhc_dist.pipeline.place import Placement, place_and_simulate
 from mhc_dist.pipeline.schedules.coarse import CoarseSchedule
 from mhc_dist.pipeline.simulate import Simulation
@@ -51,21 +52,59 @@ class Planned:
     static: list[StaticBytes]
 
 
-def build(config: RunConfig, machine: Machine, layout: Layout, charge: Charge | None = None) -> Planned:
-    """Place and simulate one step of `layout`."""
+def build(
+    config: RunConfig,
+    machine: Machine,
+    layout: Layout,
+    charge: Charge | None = None,
+    *,
+    overlap: bool = True,
+) -> Planned:
+    """Place and simulate one step of `layout`; without `overlap`, passes run one after the other."""
     schedule = cached_schedule(layout.schedule, layout.pipeline, layout.num_microbatches)
     config = sized(config, layout)
     shapes = planned_shapes(config, model_ranks(schedule), layout)
     costs = CostModel(config, machine).table(layout, shapes, schedule.chunk_rank, charge)
-    placement = Placement(memory_budget=machine.memory_budget)
-    program, simulation = place_and_simulate(schedule, shapes.chunks, costs, placement)
+    if overlap:
+        placement = Placement(memory_budget=machine.memory_budget)
+        program, simulation = place_and_simulate(schedule, shapes.chunks, costs, placement)
+    else:
+        program = in_turn(lower(schedule, shapes.chunks))
+        simulation = Simulation(program, costs)
     static = static_by_rank(config, layout, shapes, schedule.chunk_rank)
     return Planned(schedule, costs, program, simulation, static)
 
 
-def evaluate(config: RunConfig, machine: Machine, layout: Layout, charge: Charge | None = None) -> Evaluation:
+def in_turn(program: Program) -> Program:
+    """Every exchange is awaited where it is issued: nothing is hidden."""
+    ranks = []
+    for actions in program.actions:
+        waits = {_exchange(a): a for a in actions if a.kind is ActionKind.WAIT}
+        ranks.append(
+            tuple(
+                action
+                for a in actions
+                if a.kind is not ActionKind.WAIT
+                for action in ((a, waits[_exchange(a)]) if a.kind is ActionKind.ISSUE else (a,))
+            )
+        )
+    return replace(program, actions=tuple(ranks))
+
+
+def _exchange(action: Action) -> tuple[int, int, str, Pass | None]:
+    return (action.chunk, action.microbatch, action.item, action.direction)
+
+
+def evaluate(
+    config: RunConfig,
+    machine: Machine,
+    layout: Layout,
+    charge: Charge | None = None,
+    *,
+    overlap: bool = True,
+) -> Evaluation:
     """Figures of one step of `layout`."""
-    planned = build(config, machine, layout, charge)
+    planned = build(config, machine, layout, charge, overlap=overlap)
     config = sized(config, layout)
     summary = summarize(planned.simulation)
     tokens = (

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 
 from mhc_dist.config import RunConfig
@@ -72,6 +72,11 @@ class Layout:
         if self.boundaries is not None:
             settings.append(f"schedule.boundaries=[{','.join(map(str, self.boundaries[1:-1]))}]")
         return settings
+
+
+def same_layout(layout: Layout) -> Layout:
+    """The layout without recomputation."""
+    return replace(layout, recompute_block=None, recompute_everything=False)
 
 
 def sized(config: RunConfig, layout: Layout) -> RunConfig:

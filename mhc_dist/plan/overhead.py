@@ -18,9 +18,9 @@ from mhc_dist.config import RunConfig
 from mhc_dist.plan.charge import Charge
 from mhc_dist.plan.costs import plain_residual
 from mhc_dist.plan.evaluate import Evaluation, evaluate
-from mhc_dist.plan.layout import Layout
+from mhc_dist.plan.layout import Layout, same_layout
 from mhc_dist.plan.machine import Machine
-from mhc_dist.plan.search import same_layout, search
+from mhc_dist.plan.search import search
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,7 @@ from mhc_dist.pipeline.unit_costs import peak_live
 from mhc_dist.plan.boundaries import best_balance, best_shifts
 from mhc_dist.plan.costs import CostModel
 from mhc_dist.plan.evaluate import Evaluation, evaluate
-from mhc_dist.plan.layout import Layout, cached_schedule, model_ranks, planned_shapes, sized
+from mhc_dist.plan.layout import Layout, cached_schedule, model_ranks, planned_shapes, same_layout, sized
 from mhc_dist.plan.machine import Machine
 
 NUM_SIMULATED = 10
@@ -257,8 +257,3 @@ def nothing_fits(
             nearest = min(fitting, key=lambda e: (e.seconds, e.peak_bytes))
             return f"{text} The nearest that does fit: --gpus {num_devices * factor}, {nearest.layout}."
     return f"{text} No multiple of them up to {64 * num_devices} fits either: lower data.sequence_length."
-
-
-def same_layout(layout: Layout) -> Layout:
-    """The layout without recomputation."""
-    return replace(layout, recompute_block=None, recompute_everything=False)

@@ -6,7 +6,7 @@ traffic assumes each fused step reads its inputs and writes its outputs once.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from mhc_dist.config import RunConfig
 from mhc_dist.config_sections import ModelConfig, ResidualKind
@@ -133,4 +133,26 @@ def connection_work(config: RunConfig) -> ConnectionWork:
         leave_backward=3 * n + 2,
         recompute=n + 2,
         projection=2.0 * n * config.model.hidden_size * coefficients,
+    )
+
+
+def unfused_connection_work(config: RunConfig) -> ConnectionWork:
+    """The same operation by operation: 5n+1 rows read and 3n+1 written forward (mHC paper, table 2). The
+    backward is taken as twice that, as for other element-wise steps; recompute repeats the sum over streams
+    and the norm.
+    """
+    n = config.residual.num_streams
+    fused = connection_work(config)
+    if config.residual.kind is ResidualKind.RESIDUAL:
+        return fused
+    forward = (5 * n + 1) + (3 * n + 1)
+    return replace(
+        fused,
+        enter=forward / 2,
+        cross=forward,
+        leave=forward / 2,
+        enter_backward=forward,
+        cross_backward=2 * forward,
+        leave_backward=forward,
+        recompute=3 * n + 2,
     )

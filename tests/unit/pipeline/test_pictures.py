@@ -100,11 +100,12 @@ def test_plan_command_ends_with_json() -> None:
             str(configs / "tiny.yaml"),
             "--cluster",
             str(configs / "clusters" / "laptop.yaml"),
-            "--json",
+            *("--without", "overlap", "--json"),
         ],
     )
     assert result.exit_code == 0, result.output
     content = json.loads(result.output.splitlines()[-1])
+    assert content["without"].keys() == {"overlap"}
     assert content["pipeline"] * content["data"] == 2
     assert set(content["overhead_breakdown"]) == {
         "kernels", "recompute", "p2p", "memory_forced", "layout"

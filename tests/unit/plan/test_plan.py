@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
+from time import process_time
 
 import pytest
 
@@ -38,6 +39,7 @@ from mhc_dist.plan.report import plan_json, plan_text
 from mhc_dist.plan.run_costs import calibration_from_trace, run_costs
 from mhc_dist.plan.search import NothingFitsError, Search, possible_layouts, search
 from mhc_dist.plan.static_memory import held_by_rank
+from mhc_dist.plan.without import Measure, without, without_text
 from mhc_dist.plan.work import (
     attention_work,
     connection_work,
@@ -213,6 +215,33 @@ def test_overhead_is_zero_without_hyper_connections(monkeypatch: pytest.MonkeyPa
     cost = overhead(config, machine, 512, chosen)
     assert cost.ratio == cost.ratio_in_same_layout == pytest.approx(0.0, abs=1e-12)
     assert set(cost.breakdown.values()) == {0.0}
+
+
+def test_without_one_measure_a_step_takes_longer_or_holds_more() -> None:
+    """Oracle: each measure's purpose. Fusion saves time, recompute memory, and overlap hides exchanges: what
+    takes its place is safe, and waits for every one of them.
+    """
+    config, machine = config_of("paper_27b"), machine_of("h800")
+    layout = replace(LAYOUT, recompute_block=4)
+    chosen = evaluate(config, machine, layout)
+    found = {measure: without(config, machine, chosen, measure) for measure in Measure}
+    assert found[Measure.FUSION].slower > 0.03
+    assert found[Measure.OVERLAP].slower > 0.05
+    assert found[Measure.RECOMPUTE].evaluation.peak_bytes > chosen.peak_bytes
+    assert found[Measure.OVERLAP].evaluation.summary.all_to_all_hidden_ratio == pytest.approx(0.0, abs=1e-9)
+    validate(build(config, machine, layout, overlap=False).program)
+    text = without_text(list(found.values()), machine)
+    assert all(f"  {measure.value}" in text for measure in Measure)
+
+
+def test_steps_of_2048_devices_simulate_in_no_time() -> None:
+    """Oracle: a minute of this process; the pipeline is as deep as the layers allow."""
+    start = process_time()
+    big = evaluate(config_of("paper_27b"), machine_of("h800"), Layout("1f1b", 16, 8, 128, 64))
+    bigger = evaluate(config_of("paper_27b"), machine_of("h800"), Layout("1f1b", 16, 8, 256, 64))
+    assert (big.layout.num_devices, bigger.layout.num_devices) == (2048, 4096)
+    assert bigger.tokens_per_second > 1.8 * big.tokens_per_second
+    assert process_time() - start < 60
 
 
 def test_layouts_keep_the_batch_and_divide_the_experts() -> None:
