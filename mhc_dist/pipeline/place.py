@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import chain
 
 from mhc_dist.pipeline.action import Action, ActionKind, ChunkShape, Layout, Pass, Program
@@ -29,8 +29,11 @@ TICKS_PER_SECOND = 1_000_000_000
 
 WIRE_MARGIN = 1.35
 """In a pair with weight gradients to fill gaps with, exchanges are placed as if they took this much longer. A
-late peer or a busy link then still finds work to hide behind, at no cost on a link as fast as told (README).
-"""
+late peer or a busy link then still finds work to hide behind. Where exchanges take as long as compute, there
+is no work to spare, and the margin can cost a tenth of a step: see `place_best`."""
+
+CAUTION = 0.02
+"""A margin may cost this share of a step, by which costs are uncertain anyway."""
 
 TIE = 0.005
 """Programs this close in time are alike, costs being no better known: the one that waits least for exchanges
@@ -46,13 +49,14 @@ class Placement:
 
     memory_budget: bytes a rank may hold, static ones included; None for no limit. prefetch_recompute: False
     recomputes right before each use, as others do. merge_slots: also run passes side by side that the
-    schedule does not pair, where a simulated run says that it pays.
+    schedule does not pair, where a simulated run says that it pays. wire_margin: see WIRE_MARGIN.
     """
 
     memory_budget: int | None = None
     split_weights: bool = True
     prefetch_recompute: bool = True
     merge_slots: bool = True
+    wire_margin: float = WIRE_MARGIN
 
 
 def place(
@@ -63,6 +67,22 @@ def place(
 ) -> Program:
     """Lower `schedule` over `chunks` in the order that `costs` make best."""
     return place_and_simulate(schedule, chunks, costs, placement)[0]
+
+
+def place_best(
+    schedule: CoarseSchedule,
+    chunks: tuple[ChunkShape, ...],
+    costs: CostTable,
+    placement: Placement | None = None,
+) -> Program:
+    """As `place`, and once more without a margin for slower links: that one, if the margin costs too much."""
+    placement = placement or Placement()
+    program, simulation = place_and_simulate(schedule, chunks, costs, placement)
+    if placement.wire_margin == 1.0:
+        return program
+    bold, bold_simulation = place_and_simulate(schedule, chunks, costs, replace(placement, wire_margin=1.0))
+    allowed = _fits(bold_simulation, placement) or not _fits(simulation, placement)
+    return bold if allowed and bold_simulation.makespan * (1 + CAUTION) < simulation.makespan else program
 
 
 def place_and_simulate(
@@ -91,13 +111,14 @@ def place_and_simulate(
     return _best(runs, placement)
 
 
+def _fits(simulation: Simulation, placement: Placement) -> bool:
+    budget = placement.memory_budget
+    return budget is None or max(rank.peak_bytes for rank in simulation.ranks) <= budget
+
+
 def _best(runs: Sequence[tuple[Program, Simulation]], placement: Placement) -> tuple[Program, Simulation]:
     """Of those within memory (of all, if none is) the fastest; of equals (TIE) the one that waits least."""
-    budget = placement.memory_budget
-    fitting = [
-        run for run in runs if budget is None or max(rank.peak_bytes for rank in run[1].ranks) <= budget
-    ]
-    candidates = fitting or runs
+    candidates = [run for run in runs if _fits(run[1], placement)] or runs
     fastest = min(simulation.makespan for _, simulation in candidates)
     alike = [run for run in candidates if run[1].makespan <= (1 + TIE) * fastest]
     return min(alike, key=lambda run: sum(rank.blocked(ActionKind.WAIT) for rank in run[1].ranks))
@@ -151,7 +172,7 @@ class _Placer:
         self._layout = layout
         self._costs = costs
         self._placement = placement
-        self._cautious = with_slower_wires(costs, WIRE_MARGIN)
+        self._cautious = with_slower_wires(costs, placement.wire_margin)
         flows = [ChunkFlow(shape) for shape in chunks]
         self._forward = [forward_graph(flow) for flow in flows]
         self._backward = [backward_graph(flow) for flow in flows]

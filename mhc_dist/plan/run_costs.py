@@ -9,7 +9,7 @@ from mhc_dist.pipeline.action import Program
 from mhc_dist.pipeline.calibrate import calibrate
 from mhc_dist.pipeline.cost import CostTable
 from mhc_dist.pipeline.perfetto import read_events
-from mhc_dist.pipeline.place import Placement, place
+from mhc_dist.pipeline.place import Placement, place_best
 from mhc_dist.pipeline.validate import validate
 from mhc_dist.plan.calibration import Calibration, compare
 from mhc_dist.plan.costs import CostModel
@@ -46,7 +46,7 @@ def placed_program(
     """
     schedule = schedule_of(config)
     shapes = own_shapes(config)
-    program = place(schedule, shapes.chunks, costs or run_costs(config, machine), placement)
+    program = place_best(schedule, shapes.chunks, costs or run_costs(config, machine), placement)
     validate(program)
     return program
 

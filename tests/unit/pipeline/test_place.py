@@ -7,9 +7,9 @@ from dataclasses import replace
 import pytest
 
 from mhc_dist.pipeline.action import ActionKind, ChunkShape, Program
-from mhc_dist.pipeline.cost import with_slower_wires
+from mhc_dist.pipeline.cost import CostTable, with_slower_wires
 from mhc_dist.pipeline.lower import lower
-from mhc_dist.pipeline.place import TIE, Placement, place
+from mhc_dist.pipeline.place import CAUTION, TIE, Placement, place, place_best
 from mhc_dist.pipeline.recompute_blocks import with_recompute
 from mhc_dist.pipeline.schedules.registry import SCHEDULES, make_schedule
 from mhc_dist.pipeline.simulate import Simulation
@@ -234,3 +234,25 @@ def test_a_link_slower_than_told_stays_hidden() -> None:
     misled = summarize(Simulation(place(schedule, chunks, told), true))
     informed = summarize(Simulation(place(schedule, chunks, true), true))
     assert misled.step_seconds < 1.02 * informed.step_seconds
+
+
+def test_a_margin_is_given_up_where_it_costs() -> None:
+    """Oracle: simulated runs with and without it; where exchanges take as long as compute it costs."""
+    schedule, shape = make_schedule("dualpipev", 1, 8), experts_chunk(2)
+    chunks = chunks_for(schedule, shape)
+    given_up = 0
+    for wire in (0.3, 1.0, 1.5, 2.0):
+        costs = costs_for(schedule, shape, wire=wire)
+
+        def seconds(program: Program, costs: CostTable = costs) -> float:
+            return Simulation(program, costs).makespan
+
+        cautious, bold = (
+            place(schedule, chunks, costs),
+            place(schedule, chunks, costs, Placement(wire_margin=1)),
+        )
+        best = place_best(schedule, chunks, costs)
+        assert best.digest() in (cautious.digest(), bold.digest())
+        assert seconds(best) <= (1 + CAUTION) * min(seconds(cautious), seconds(bold))
+        given_up += seconds(best) < seconds(cautious)
+    assert given_up
