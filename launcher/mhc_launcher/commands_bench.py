@@ -47,6 +47,12 @@ def simulator(context: typer.Context) -> None:
 
 
 @bench_app.command(context_settings=PASS_ON)
+def instruments(context: typer.Context) -> None:
+    """What metrics, logs and stability measurements cost (`--help` for options)."""
+    raise typer.Exit(_measure("mhc_dist.bench.instruments", context.args))
+
+
+@bench_app.command(context_settings=PASS_ON)
 def peers(context: typer.Context) -> None:
     """The same layers under DeepSpeed's and torch's DualPipeV and ours (`--help` for options)."""
     raise typer.Exit(_measure("mhc_dist.bench.peers", context.args))
