@@ -7,7 +7,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check -q
 JOBS ?= 2
 APT := DEBIAN_FRONTEND=noninteractive apt-get -o DPkg::Lock::Timeout=300
 
-.PHONY: setup tools train test test-long gpu-check check format clean
+.PHONY: setup tools train test test-long test-cluster gpu-check check format clean
 
 setup: $(STAMP)
 
@@ -42,6 +42,11 @@ test: setup tools
 
 test-long: setup tools
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m long --timeout 1800
+
+# Real launchers on hosts of our own: namespaces, sshd, Slurm, an image. Installs Debian packages as root.
+test-cluster: setup
+	tests/cluster/install.sh
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m cluster tests/cluster -rs --durations=5
 
 gpu-check: setup
 	$(BIN)/python -m mhc_kernels.gpu_check
