@@ -122,7 +122,7 @@ def _exchanges(costs: CostTable, events: Sequence[TraceEvent]) -> dict[Key, Exch
         name = (action.chunk, action.microbatch, action.item, action.direction)
         if action.kind is ActionKind.ISSUE:
             in_flight.update({other: (start, False) for other, (start, _) in in_flight.items()})
-            in_flight[name] = (event.start, not in_flight)
+            in_flight[name] = (event.end, not in_flight)
         elif action.kind is ActionKind.WAIT and name in in_flight and action.direction is not None:
             start, alone = in_flight.pop(name)
             seconds = event.end - start
@@ -166,12 +166,12 @@ def _overheads(events: Sequence[TraceEvent]) -> dict[ActionKind, float]:
 
 
 def _message(costs: CostTable, events: Sequence[TraceEvent]) -> MessageCost:
-    """Time from a SEND to the end of its ARRIVE, where the receiver was waiting for it.
+    """Time from the end of a SEND to that of its ARRIVE, where the receiver was waiting for it.
 
     Times of different ranks are compared, so their clocks must agree, as they do on one host.
     """
     sent = {
-        (event.column, message_of(event.action)): event.start
+        (event.column, message_of(event.action)): event.end
         for event in events
         if event.action.kind is ActionKind.SEND
     }

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from mhc_dist.pipeline.action import ActionKind
 from mhc_dist.pipeline.calibrate import calibrate
 from mhc_dist.pipeline.cost import CostTable
 from mhc_dist.pipeline.demonstration import Shown
@@ -67,6 +68,22 @@ def test_gives_back_the_costs_of_a_simulated_run(name: str, tmp_path: Path) -> N
             assert exchange.backward == pytest.approx(truth.exchanges[key].backward)
     assert found.message.seconds == pytest.approx(truth.message.seconds)
     assert found.reduce_seconds == 0.5
+
+
+def test_gives_back_what_starting_transfers_costs_the_thread() -> None:
+    """Oracle: the overheads that the simulated run was made with, and its step's length without them."""
+    schedule = make_schedule("dualpipev", 2, 8)
+    shape = recomputing_chunk()
+    plain = costs_for(schedule, shape, wire=0.5, message=0.125)
+    overheads = {ActionKind.ISSUE: 0.03, ActionKind.SEND: 0.01, ActionKind.HAND_OVER: 0.005}
+    program = lower(schedule, chunks_for(schedule, shape))
+    simulation = Simulation(program, replace(plain, overheads=overheads))
+    events = simulated_events(Shown(program, simulation, "second"))
+    found = calibrate(plain, events)
+    for kind, seconds in overheads.items():
+        assert found.overheads[kind] == pytest.approx(seconds)
+    assert Simulation(program, found).makespan == pytest.approx(simulation.makespan, rel=0.01)
+    assert simulation.makespan > Simulation(program, plain).makespan
 
 
 @pytest.mark.parametrize("name", ["1f1b", "zb1p", "zbv", "dualpipev"])

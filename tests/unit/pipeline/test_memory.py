@@ -9,7 +9,7 @@ import pytest
 from mhc_dist.pipeline.cost import MessageCost
 from mhc_dist.pipeline.errors import InvalidProgram
 from mhc_dist.pipeline.lower import lower
-from mhc_dist.pipeline.memory import check_memory, held_bytes
+from mhc_dist.pipeline.memory import check_memory, held_bytes, settled_bytes
 from mhc_dist.pipeline.place import place
 from mhc_dist.pipeline.schedules.registry import SCHEDULES, make_schedule
 from mhc_dist.pipeline.simulate import Simulation
@@ -30,6 +30,18 @@ def test_agrees_with_the_simulator(name: str) -> None:
     check_memory(program, costs, max(peaks))
     with pytest.raises(InvalidProgram, match="1 bytes too much"):
         check_memory(program, costs, max(peaks) - 1)
+
+
+def test_a_channel_keeps_one_message() -> None:
+    """Oracle: by hand. The inner rank of 1F1B has two channels out, so it ends with two buffers of 10;
+    messages cancel otherwise.
+    """
+    schedule = make_schedule("1f1b", 3, 4)
+    costs = replace(costs_for(schedule, dense_chunk()), message=MessageCost(0.0, 10))
+    program = lower(schedule, chunks_for(schedule, dense_chunk()))
+    ends = [settled_bytes(program, costs, rank)[-1][1] for rank in range(3)]
+    assert [end - 1000 for end in ends] == [10, 20, 10]
+    assert [rank.memory[-1][1] for rank in Simulation(program, costs).ranks] == [1000] * 3
 
 
 def test_names_the_action_that_does_not_fit() -> None:
