@@ -60,8 +60,8 @@ def _residual(config: RunSections) -> Iterator[str]:
     streams = possible.get(residual.kind.value)
     if streams is not None and residual.num_streams not in streams:
         yield (
-            f"residual.num_streams={residual.num_streams} with residual.kind={residual.kind}: there are kernels"
-            f" for {', '.join(map(str, streams))} streams. Set residual.num_streams to one of these."
+            f"residual.num_streams={residual.num_streams} with residual.kind={residual.kind}: it exists for"
+            f" {', '.join(map(str, streams))} streams. Set residual.num_streams to one of these."
         )
     if residual.shifted_pre and streams is None:
         yield (

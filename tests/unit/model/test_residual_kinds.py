@@ -60,7 +60,7 @@ def test_initial_mixes(kind: str, streams: int, init: str) -> None:
     config, model = model_of(
         {"kind": kind, "num_streams": streams, "init": init, "alpha_init": 0.01}, "reference"
     )
-    # Twenty iterations of Sinkhorn from a matrix near the identity are not at their end; the others are exact.
+    # Twenty iterations of Sinkhorn near the identity are not at their end; the others are exact.
     allowed = 2e-4 if kind == "mhc" else 2e-6
     for res_NN in mixes(model, config):
         for dim in (0, 1):
