@@ -46,6 +46,16 @@ def test_gradients_equal_single_device(topology: tuple[int, int, int], schedule:
     check(got, oracle_gradients(config))
 
 
+@pytest.mark.parametrize("boundaries", [(1, 2, 3), (2, 3, 4), "auto"])
+def test_gradients_do_not_depend_on_where_the_model_is_cut(boundaries: object) -> None:
+    """Oracle: the single-device model; whatever `schedule.boundaries` says."""
+    config = parity_config((2, 1, 1), "dualpipev", "mhc")
+    schedule = config.schedule.model_copy(update={"boundaries": boundaries})
+    config = config.model_copy(update={"schedule": schedule})
+    got = merge(config, run_ranks(2, rank_gradients, config))
+    check(got, oracle_gradients(config))
+
+
 @pytest.mark.parametrize("hot_experts", [(0, 1), (3, 7)], ids=["one rank gets all", "two of four ranks"])
 def test_hot_experts_lose_no_token(hot_experts: tuple[int, ...]) -> None:
     """Oracle: the single-device model with the same routing; the ranks of the other experts get nothing."""
