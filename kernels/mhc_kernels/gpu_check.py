@@ -16,6 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from mhc_kernels import tokens
+from mhc_kernels.function_backend import FunctionBackend
 from mhc_kernels.seam import Connection, ConnectionSpec, Kept, Mixing, Seam, SeamBackend, make_backend
 
 CASES = [
@@ -106,14 +108,50 @@ def check_case(
     }
 
 
+def check_tokens(num_tokens: int = 300, channels: int = 512) -> dict[str, Any]:
+    """The token kernels of the mixture of experts against their CPU paths, in fp32, forward and backward."""
+    generator = torch.Generator().manual_seed(1)
+    expert_TK = torch.stack([torch.randperm(16, generator=generator)[:4] for _ in range(num_tokens)])
+    x_TC = torch.randn(num_tokens, channels, generator=generator)
+    weight_TK = torch.rand(num_tokens, 4, generator=generator)
+
+    def through(device: str) -> list[Tensor]:
+        leaves = [t.to(device).requires_grad_() for t in (x_TC, weight_TK)]
+        order = tokens.order_by_expert(expert_TK.to(device), 16)
+        rows = tokens.swiglu(tokens.permute(leaves[0], order))
+        y_TC = tokens.unpermute(rows, leaves[1], order)
+        return [y_TC, *torch.autograd.grad(y_TC.square().sum(), leaves)]
+
+    there, again, here = through("cuda"), through("cuda"), through("cpu")
+    errors = [((a.cpu() - b).norm() / b.norm()).item() for a, b in zip(there, here, strict=True)]
+    deterministic = all(torch.equal(a, b) for a, b in zip(there, again, strict=True))
+    return {
+        "largest_error": max(errors),
+        "limit": FP32_LIMIT,
+        "deterministic": deterministic,
+        "passed": deterministic and max(errors) <= FP32_LIMIT,
+    }
+
+
+def chunked_backend() -> SeamBackend:
+    """`triton`, launched in chunks of tokens: timed here, because only a device can say whether it pays."""
+    from mhc_kernels.triton_backend import TritonOperations, check_device
+
+    return FunctionBackend("triton in chunks", TritonOperations(chunked=True), check_device)
+
+
 def time_case(channels: int, num_tokens: int = 4096) -> dict[str, Any]:
     """Milliseconds of one bf16 seam, forward and both ways, and the bandwidth the forward reaches."""
     from triton.testing import do_bench  # type: ignore[import-untyped]
 
     problem = Problem(ConnectionSpec(num_streams=4), num_tokens, channels, torch.bfloat16)
     row: dict[str, Any] = {"channels": channels, "num_tokens": num_tokens}
-    for name in ("triton", "reference"):
-        backend = make_backend("triton") if name == "triton" else make_backend("reference")
+    backends = {
+        "triton": make_backend("triton"),
+        "chunked": chunked_backend(),
+        "reference": make_backend("reference"),
+    }
+    for name, backend in backends.items():
         with torch.no_grad():
             row[f"{name}_forward_ms"] = do_bench(lambda backend=backend: problem.run(backend))
         row[f"{name}_both_ms"] = do_bench(lambda backend=backend: problem.run_with_gradients(backend))
@@ -138,17 +176,20 @@ def main() -> None:
         "device": device,
         "torch": torch.__version__,
         "cases": cases,
+        "tokens": (token_case := check_tokens()),
         "timings": [time_case(channels) for channels in (1280, 2560, 4096)],
     }
     arguments.output.mkdir(parents=True, exist_ok=True)
     path = arguments.output / f"gpu_{device.lower().replace(' ', '_').replace('/', '_')}.json"
     path.write_text(json.dumps(report, indent=2) + "\n")
     print(json.dumps(report, indent=2))
+    if not token_case["passed"]:
+        print("gpu-check: the token kernels of the mixture of experts FAILED", file=sys.stderr)
     failed = [c for c in cases if not (c["passed"] and c["deterministic"] and c["recompute_bit_equal"])]
     print(
         f"gpu-check on {device}: {len(cases) - len(failed)} of {len(cases)} cases passed, written to {path}"
     )
-    sys.exit(1 if failed else 0)
+    sys.exit(1 if failed or not token_case["passed"] else 0)
 
 
 if __name__ == "__main__":
