@@ -96,7 +96,11 @@ def die_in(lane: str) -> Callable[[int], None]:
             "exchange B",
             r"(issue|wait)\.B c0 m\d (dispatch|combine)\.\d(, waiting for tokens of rank 1)?",
         ),
-        ((2, 1, 1), "message 1>0", r"arrive\.B c0 m\d rank1, waiting for gradients from rank 1"),
+        (
+            (2, 1, 1),
+            "message 1>0",
+            r"(recv|arrive)\.B c0 m\d rank1(, waiting for gradients from rank 1)?",
+        ),
     ],
     ids=["forward exchange", "backward exchange", "message"],
 )
