@@ -45,10 +45,12 @@ class Host:
     processes: list[subprocess.Popen[str]] = field(default_factory=list)
 
     def command(self, command: Sequence[str]) -> list[str]:
-        """`command`, to be run on this host."""
-        named = 'hostname "$0" && exec "$@"'
-        inside = ["unshare", "--uts", "sh", "-c", named, self.name, *command]
-        return ["ip", "netns", "exec", self.namespace, *inside]
+        """`command`, to be run on this host. Everything but network, name and /etc/hosts is the machine's."""
+        # `ip netns exec` would mount a fresh /sys as well, without the control groups that slurmd looks for.
+        hosts = f"/etc/netns/{self.namespace}/hosts"
+        own = f'hostname "$0" && mount --bind {hosts} /etc/hosts && exec "$@"'
+        inside = ["unshare", "--uts", "--mount", "sh", "-c", own, self.name, *command]
+        return ["nsenter", f"--net=/run/netns/{self.namespace}", "--", *inside]
 
     def start(
         self, command: Sequence[str], environ: Mapping[str, str] | None = None, cwd: Path | None = None

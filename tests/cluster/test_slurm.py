@@ -26,7 +26,8 @@ class Slurm:
 
 def write_configuration(folder: Path) -> Path:
     """One controller and two nodes of two processors each; nothing that needs systemd or control groups."""
-    (folder / "state").mkdir()
+    for name in ("state", "spool-node0", "spool-node1"):
+        (folder / name).mkdir()
     path = folder / "slurm.conf"
     path.write_text(
         f"""ClusterName=mhcl
@@ -79,7 +80,8 @@ def slurm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Slurm]:
         while "idle" not in (seen := hosts[0].run(["sinfo", "-h", "-o", "%t %D"], environ)).stdout or (
             " 2" not in seen.stdout
         ):
-            assert time.monotonic() < deadline, (seen, *(log.read_text() for log in folder.glob("*.log")))
+            logs = [log.read_text()[-2000:] for log in folder.glob("slurmd*.log")]
+            assert time.monotonic() < deadline, "\n".join([seen.stdout, *logs])
             time.sleep(0.5)
         yield Slurm(hosts, environ)
 
