@@ -10,6 +10,7 @@ from mhc_kernels.seam import make_backend
 from torch import Tensor
 
 from mhc_dist.config import RunConfig
+from mhc_dist.optim.parameter_groups import cast_to_bf16
 from mhc_dist.parallel.expert_exchange import ExpertExchange
 from mhc_dist.parallel.stage import Stage
 from mhc_dist.pipeline.executor import Microbatch
@@ -33,8 +34,8 @@ class Nobody:
 
 
 def whole_stage(config: RunConfig, programs: RunPrograms) -> Stage:
-    """All chunks with all experts on this process."""
-    return Stage(
+    """All chunks with all experts on this process, in the run's number format."""
+    stage = Stage(
         config,
         programs.places,
         make_backend(config.kernels.backend),
@@ -42,6 +43,9 @@ def whole_stage(config: RunConfig, programs: RunPrograms) -> Stage:
         0,
         torch.device("cpu"),
     )
+    if config.train.precision == "bf16":
+        cast_to_bf16(stage)
+    return stage
 
 
 def random_microbatches(config: RunConfig, seed: int = 0) -> list[Microbatch]:

@@ -30,6 +30,7 @@ from mhc_dist.bench.pace import Nominal
 from mhc_dist.bench.routing import Rule, spread_evenly
 from mhc_dist.config import RunConfig
 from mhc_dist.config_sections import RecomputeConfig
+from mhc_dist.optim.parameter_groups import cast_to_bf16
 from mhc_dist.parallel.emulated_link import EmulatedLink
 from mhc_dist.parallel.expert_exchange import ExpertExchange
 from mhc_dist.parallel.process_groups import ProcessGroups
@@ -121,10 +122,12 @@ class Cell:
         dist.destroy_process_group()
 
     def stage(self, config: RunConfig, program: Program) -> Stage:
-        """This rank's chunks."""
+        """This rank's chunks, in the run's number format."""
         own = [p for p in own_shapes(config).places if program.chunk_rank[p.index] == self._pipeline_rank]
         backend = make_backend(config.kernels.backend)
         stage = Stage(config, own, backend, self.exchange, self.topology.expert_rank, CPU)
+        if config.train.precision == "bf16":
+            cast_to_bf16(stage)
         if self.routing == "even":
             spread_evenly(stage)
         return stage
@@ -149,7 +152,7 @@ class Cell:
             dict(enumerate(self.topology.pipeline_group_ranks)),
             self.topology.rank,
             (num_tokens, self.config.residual.num_streams, model.hidden_size),
-            next(stage.parameters()).dtype,
+            torch.float32 if self.config.train.precision == "fp32" else torch.bfloat16,
             CPU,
         )
         stretch = None if nominal is None else Nominal(nominal).stretch
