@@ -75,8 +75,9 @@ def render_sbatch(request: SlurmRequest, command: str) -> str:
         "# The environment must be the same on all nodes: a folder that they share, or one that each has.",
         "# source /path/to/mhc_dist/.venv/bin/activate",
         "",
-        "# exec: Slurm's signal reaches mhc-dist itself.",
+        "# exec: Slurm's signal reaches mhc-dist itself. Submitted again, the run goes on where it was"
+        " stopped.",
     ]
-    words = ["exec", "mhc-dist", "train", request.path, "--launcher", "slurm"]
+    words = ["exec", "mhc-dist", "train", request.path, "--launcher", "slurm", "--resume", "auto"]
     words += [part for value in request.overrides for part in ("--set", value)]
     return "\n".join([*lines, shlex.join(words), ""])

@@ -114,7 +114,7 @@ def _mpi_job(request: Request) -> Manifest:
     """mpirun in a launcher pod starts the ranks over ssh in the workers; every process is a rank."""
     total = request.nodes * request.processes_per_node
     first = f"{request.name}-worker-0.{request.name}"
-    ranks = ["mhc-dist", "train", "/etc/mhc/config.yaml", "--launcher", "none"]
+    ranks = ["mhc-dist", "train", "/etc/mhc/config.yaml", "--launcher", "none", "--resume", "auto"]
     exported = ("MASTER_ADDR", "MASTER_PORT", "PATH", "HOME")
     mpirun = [
         *("mpirun", "-n", str(total), "--hostfile", "/etc/mpi/hostfile", "--bind-to", "none"),

@@ -14,6 +14,8 @@ def train_arguments(request: Request, master: str) -> list[str]:
     return [
         *("train", f"{CONFIG_FOLDER}/config.yaml"),
         *("--hostfile", f"{CONFIG_FOLDER}/hostfile", "--no-ssh"),
+        # A pod that is begun again goes on from the last checkpoint.
+        *("--resume", "auto"),
         *("--master-addr", master, "--master-port", str(MASTER_PORT)),
     ]
 
