@@ -10,17 +10,18 @@ from __future__ import annotations
 from typing import Any, Literal
 
 import torch
+from torch import nn
 
 from mhc_dist.model.moe import Router, Routing
-from mhc_dist.parallel.stage import Stage
 
 Rule = Literal["even", "untrained"]
 
 
-def spread_evenly(stage: Stage) -> None:
-    """From now on slot k of token t goes to expert t * K + k, counted round; weights stay as they are."""
-    for _, router in stage.routers():
-        router.register_forward_hook(_evenly)
+def spread_evenly(module: nn.Module) -> None:
+    """From now on routers in it send slot k of token t to expert t * K + k, counted round, weights as ever."""
+    for child in module.modules():
+        if isinstance(child, Router):
+            child.register_forward_hook(_evenly)
 
 
 def _evenly(router: Router, inputs: Any, routing: Routing) -> Routing:

@@ -47,7 +47,7 @@ LINK = {"emulated": "emulated link", "veth": "veth between network namespaces, r
 def measured(config: RunConfig, options: argparse.Namespace) -> Outcome:
     """Start the ranks, wait for rank 0's figures."""
     _check(config, options)
-    arguments = (options.compute, options.ratio, options.rounds, options.slow_motion)
+    arguments = (options.compute, options.ratio, options.rounds, options.slow_motion, options.routing)
     if options.link == "veth":
         with ShapedNetwork(config.num_processes, MAX_RATE) as network:
             figures = run_ranks(measure, config, Plan(*arguments, network))
@@ -112,6 +112,7 @@ def _table(figures: dict[str, Any]) -> str:
 def _add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--compute", choices=sorted(COMPUTE), default="real", help="(real)")
     parser.add_argument("--link", choices=sorted(LINK), default="emulated", help="(emulated)")
+    parser.add_argument("--routing", choices=("even", "untrained"), default="even", help="(even)")
     parser.add_argument("--ratio", type=float, default=1.0, help="all-to-all time over compute time (1)")
     parser.add_argument("--rounds", type=int, default=6, help="timed steps of every engine (6)")
     parser.add_argument(

@@ -12,6 +12,7 @@ from mhc_dist.bench.cell import Cell, with_recompute
 from mhc_dist.bench.pace import Pace
 from mhc_dist.bench.peers.differentiable import DifferentiableChunk
 from mhc_dist.bench.peers.engines import own_places
+from mhc_dist.bench.routing import spread_evenly
 from mhc_dist.model.language_model import Head
 from mhc_dist.parallel.chunk import ModelChunk
 
@@ -28,6 +29,8 @@ def own_chunks(cell: Cell, pace: Pace, *, hide_shared: bool) -> dict[int, Differ
         head = Head(config) if place.is_last else None
         chunks[place.index] = DifferentiableChunk(chunk, head, pace, hide_shared=hide_shared)
         chunks[place.index].initialize(config)
+        if cell.routing == "even":
+            spread_evenly(chunks[place.index])
     return chunks
 
 
