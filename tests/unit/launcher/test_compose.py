@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+import tomllib
 from pathlib import Path, PurePosixPath
 from posixpath import normpath
 from typing import Any
@@ -56,3 +58,17 @@ def test_grafana_finds_its_dashboards_and_prometheus() -> None:
     (source,) = yaml.safe_load((provisioning / "datasources" / "prometheus.yaml").read_text())["datasources"]
     assert source["url"] == "http://prometheus:9090"
     assert "prometheus" in services()
+
+
+def test_images_leave_out_only_what_running_does_not_need() -> None:
+    """Oracle: the lock's names, and the project's own dependencies, of which the CPU image lacks Triton."""
+    pins = {line.partition("==")[0] for line in (ROOT / "requirements.lock").read_text().splitlines()}
+    needed = {
+        re.split(r"[<>=!~ ]", wanted)[0]
+        for wanted in tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["dependencies"]
+    }
+    for image, allowed in (("cpu", {"triton"}), ("cuda", set[str]())):
+        lines = (ROOT / "docker" / f"{image}_leaves_out.txt").read_text().splitlines()
+        names = {line for line in lines if not line.startswith("#")}
+        assert names <= pins, names - pins
+        assert names & needed == allowed
