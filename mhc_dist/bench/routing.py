@@ -18,7 +18,7 @@ Rule = Literal["even", "untrained"]
 
 
 def spread_evenly(module: nn.Module) -> None:
-    """From now on routers in it send slot k of token t to expert t * K + k, counted round, weights as ever."""
+    """From now on routers in it send slot k of token t to expert t * K + k, counted round; weights stay."""
     for child in module.modules():
         if isinstance(child, Router):
             child.register_forward_hook(_evenly)
