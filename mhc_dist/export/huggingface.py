@@ -86,7 +86,10 @@ class _Shards:
         self._shard_of[name] = self._num_shards
 
     def _close_shard(self) -> None:
-        save_file(self._open, self._folder / f"shard-{self._num_shards}", metadata={"format": "pt"})
+        try:
+            save_file(self._open, self._folder / f"shard-{self._num_shards}", metadata={"format": "pt"})
+        except SafetensorError as error:  # its own kind for a full disk too
+            raise ValueError(f"{self._folder.parent} cannot take the weights: {error}") from error
         self._num_shards += 1
         self._num_bytes += self._open_bytes
         self._open, self._open_bytes = {}, 0

@@ -25,7 +25,10 @@ def write_torch(
     """
     state = {name: tensor.to(dtype) for name, tensor in whole_state(weights, config).items()}
     with new_folder(folder) as building:
-        torch.save(state, building / STATE_FILE)
+        try:
+            torch.save(state, building / STATE_FILE)
+        except RuntimeError as error:  # torch's own kind for a full disk
+            raise ValueError(f"{folder.parent} cannot take the weights: {error}") from error
         (building / CONFIG_FILE).write_text(dump_config(config))
 
 

@@ -9,6 +9,9 @@ from typing import Any
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+SMALLEST_SHOWN = 1e-9
+STYLES = {"fp32, paper": "-", "fp32, deepseek_v4": "--", "bf16, paper": ":", "bf16, deepseek_v4": "-."}
+
 Curves = Mapping[str, Sequence[dict[str, Any]]]
 
 
@@ -42,14 +45,30 @@ def plot_stability(curves: Curves, path: Path) -> Path:
 
 
 def plot_sinkhorn(curves: Mapping[str, Mapping[str, Sequence[float]]], path: Path) -> Path:
-    """Residual and composite gain over iterations, a line a case."""
-    figure = Figure(figsize=(11, 4), layout="constrained")
-    panels = (("column_residual", "Largest distance of a column sum from 1"), ("gain", "Composite Amax gain"))
-    for axis, (key, title) in zip(figure.subplots(1, 2), panels, strict=True):
-        for colour, (name, case) in enumerate(curves.items()):
-            _line(axis, case["iterations"], case[key], name, colour, 0)
+    """Residual, gain and difference from fp64 over iterations; a colour a width, a style a precision and eps."""
+    figure = Figure(figsize=(14, 4.5), layout="constrained")
+    panels = (
+        ("column_residual", "Largest distance of a column sum from 1", 0.0),
+        ("gain", "Composite Amax gain of 48 mixes, minus 1", 1.0),
+        ("difference", "Largest difference from fp64, eps 0, as many iterations", 0.0),
+    )
+    colours = {name.partition(",")[0]: "" for name in curves}
+    colours = {width: f"C{index}" for index, width in enumerate(colours)}
+    for axis, (key, title, base) in zip(figure.subplots(1, 3), panels, strict=True):
+        for name, case in curves.items():
+            width, _, rest = name.partition(", ")
+            values = [max(abs(value - base), SMALLEST_SHOWN) for value in case[key]]
+            axis.plot(
+                case["iterations"],
+                values,
+                color=colours[width],
+                ls=STYLES[rest],
+                lw=1.2,
+                alpha=0.8,
+                label=name,
+            )
         _finish(axis, title, "Sinkhorn iterations", is_log=True)
-        axis.legend(fontsize=7)
+    axis.legend(fontsize=7)
     figure.savefig(path, dpi=110)
     return path
 

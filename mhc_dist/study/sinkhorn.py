@@ -53,13 +53,16 @@ def run(num_tokens: int) -> dict[str, Any]:
     cases: dict[str, dict[str, list[float]]] = {}
     for width in WIDTHS:
         logits = random_logits(num_tokens, NUM_STREAMS**2, width)
+        references = {iterations: in_fp64(logits, iterations) for iterations in ITERATIONS}
         for dtype_name, dtype in DTYPES.items():
             rounded = logits.to(dtype).float().unflatten(-1, (NUM_STREAMS, NUM_STREAMS))
             for eps_name, eps in EPS.items():
                 case: dict[str, list[float]] = {"iterations": list(ITERATIONS)}
                 for iterations in ITERATIONS:
                     mixes = sinkhorn(rounded.flatten(0, 1), iterations, eps).unflatten(0, rounded.shape[:2])
-                    for key, value in measure(mixes).items():
+                    figures = measure(mixes)
+                    figures["difference"] = (mixes - references[iterations]).abs().max().item()
+                    for key, value in figures.items():
                         case.setdefault(key, []).append(value)
                 cases[f"width {width:g}, {dtype_name}, {eps_name}"] = case
     exact = {}
@@ -75,6 +78,12 @@ def random_logits(num_tokens: int, num_logits: int, width: float) -> Tensor:
     """(sublayers, tokens, logits) fp32, normal with standard deviation `width`; the same ones every time."""
     generator = torch.Generator().manual_seed(0)
     return width * torch.randn(NUM_SUBLAYERS, num_tokens, num_logits, generator=generator)
+
+
+def in_fp64(logits_LTM: Tensor, iterations: int) -> Tensor:
+    """The paper's Sinkhorn without rounding to speak of, (sublayers, tokens, n, n): what `difference` is from."""
+    square = logits_LTM.double().unflatten(-1, (NUM_STREAMS, NUM_STREAMS))
+    return sinkhorn(square.flatten(0, 1), iterations, 0.0).unflatten(0, square.shape[:2])
 
 
 def measure(mixes_LTNN: Tensor) -> dict[str, float]:

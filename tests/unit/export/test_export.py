@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import resource
 from pathlib import Path
 from typing import Any
 
@@ -102,6 +103,22 @@ def test_nothing_is_overwritten_and_nothing_half_written_stays(tmp_path: Path) -
     with pytest.raises(ValueError, match="cannot be written"):
         write_torch(StateDictWeights(trained_model(config).state_dict()), config, tmp_path / "file" / "new")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "there"]
+
+
+def test_a_full_disk_is_said_and_leaves_nothing(tmp_path: Path) -> None:
+    """Oracle: the operating system, which lets no file of this process grow beyond 20 kB."""
+    config = export_config(RESIDUAL)
+    weights = StateDictWeights(trained_model(config).state_dict())
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, before[1]))
+    try:
+        with pytest.raises(ValueError, match=r"cannot take the weights.*File too large"):
+            write_huggingface(weights, config, ByteVocabulary(), tmp_path / "hf")
+        with pytest.raises(ValueError, match="cannot take the weights"):
+            write_torch(weights, config, tmp_path / "torch")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert not list(tmp_path.iterdir())
 
 
 def test_damaged_and_foreign_folders_are_named(tmp_path: Path) -> None:
