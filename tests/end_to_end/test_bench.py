@@ -48,8 +48,11 @@ def test_wrong_layout_is_refused_in_one_line() -> None:
     assert "Traceback" not in done.stderr
 
 
-@pytest.mark.timeout(300)
-def test_simulator_predicts_steps_in_delay_mode(tmp_path: Path) -> None:
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize(
+    "modes", [["none"], pytest.param(["mhc", "full"], marks=pytest.mark.long)], ids="_".join
+)
+def test_simulator_predicts_steps_in_delay_mode(modes: list[str], tmp_path: Path) -> None:
     """Oracle: four ranks that run the steps, phases in nominal time.
 
     On a busy machine phases overrun their nominal time; the bench says by how much, and a step is longer by
@@ -58,8 +61,8 @@ def test_simulator_predicts_steps_in_delay_mode(tmp_path: Path) -> None:
     sizes = ["hidden_size=32", "expert_dim=32", "num_layers=4", "num_active_experts=2", "kv_rank=32"]
     settings = [part for value in sizes for part in ("--set", f"model.{value}")]
     settings += ["--set", "data.sequence_length=32", "--set", "schedule.num_microbatches=4"]
-    command = [MHC_DIST, "bench", "simulator", "--ranks", "4", "--rounds", "2", "--slow-motion", "12"]
-    command += ["--modes", "none", "full", "--max-overrun", "100", "--results", str(tmp_path), "--json"]
+    command = [MHC_DIST, "bench", "simulator", "--ranks", "4", "--rounds", "2", "--slow-motion", "6"]
+    command += ["--modes", *modes, "--max-overrun", "100", "--results", str(tmp_path), "--json"]
     done = subprocess.run([*command, *settings], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     figures = json.loads(done.stdout)
