@@ -104,7 +104,8 @@ def _train_from_here(config: RunConfig, options: StartOptions, trainer: str) -> 
                 _launcher_environment(options, nodes, files),
                 lambda command: _takes_stop(options.launcher, command, trainer),
                 ask_elsewhere=ask_elsewhere if over_ssh else None,
-                is_over=lambda: failure.exists() or summary.exists(),
+                # A complete run ends by itself; a failed one may wait for a node that is gone.
+                is_over=failure.exists,
                 stop_seconds=config.checkpoint.stop_seconds + STOP_MARGIN_SECONDS,
             )
             if over_ssh and not summary.exists():
