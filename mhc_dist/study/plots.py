@@ -45,7 +45,7 @@ def plot_stability(curves: Curves, path: Path) -> Path:
 
 
 def plot_sinkhorn(curves: Mapping[str, Mapping[str, Sequence[float]]], path: Path) -> Path:
-    """Residual, gain and difference from fp64 over iterations; a colour a width, a style a precision and eps."""
+    """Residual, gain, difference from fp64 over iterations; a colour a width, a style a precision and eps."""
     figure = Figure(figsize=(14, 4.5), layout="constrained")
     panels = (
         ("column_residual", "Largest distance of a column sum from 1", 0.0),

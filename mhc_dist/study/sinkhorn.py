@@ -81,9 +81,10 @@ def random_logits(num_tokens: int, num_logits: int, width: float) -> Tensor:
 
 
 def in_fp64(logits_LTM: Tensor, iterations: int) -> Tensor:
-    """The paper's Sinkhorn without rounding to speak of, (sublayers, tokens, n, n): what `difference` is from."""
+    """The paper's Sinkhorn, next to unrounded: what `difference` is from. (sublayers, tokens, n, n)."""
     square = logits_LTM.double().unflatten(-1, (NUM_STREAMS, NUM_STREAMS))
-    return sinkhorn(square.flatten(0, 1), iterations, 0.0).unflatten(0, square.shape[:2])
+    mixes: Tensor = sinkhorn(square.flatten(0, 1), iterations, 0.0)
+    return mixes.view_as(square)
 
 
 def measure(mixes_LTNN: Tensor) -> dict[str, float]:
