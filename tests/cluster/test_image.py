@@ -48,7 +48,7 @@ def test_dockerfiles_have_nothing_to_complain_about(name: str) -> None:
 def container() -> Iterator[str]:
     need("buildah", "mmdebstrap")
     build = [str(ROOT / "docker" / "build_with_buildah.sh"), IMAGE]
-    done = subprocess.run(build, capture_output=True, text=True, timeout=880, check=False)
+    done = subprocess.run(build, capture_output=True, text=True, timeout=1800, check=False)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     name = buildah("from", IMAGE).strip()
     yield name
