@@ -24,7 +24,7 @@ from mhc_dist.worker import Worker
 from tests.small import random_sequences, small_config
 
 CORPUS = "random"
-NUM_SEQUENCES = 8
+NUM_SEQUENCES = 4
 """In the global batch, on every topology."""
 
 
@@ -36,6 +36,8 @@ def checkpoint_config(
 ) -> RunConfig:
     pipeline, data, expert = topology
     return small_config(
+        # A layer for every stage of the longest pipeline, and no more: there are many steps to make.
+        model={"num_layers": 4},
         parallel={"pipeline": pipeline, "data": data, "expert": expert},
         schedule={"name": schedule, "num_microbatches": NUM_SEQUENCES // data},
         residual={"kind": kind, "num_streams": 1 if kind == "residual" else 4},

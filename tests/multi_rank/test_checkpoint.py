@@ -13,9 +13,13 @@ from mhc_dist.config import RunConfig
 from tests.multi_rank.checkpoint_case import build_rank, checkpoint_config
 from tests.multi_rank.harness import run_ranks
 
-HOME = (2, 2, 2)
-ABROAD = [((1, 2, 1), "1f1b"), ((4, 1, 1), "zbv"), ((1, 4, 4), "dualpipev")]
+HOME, HOME_SCHEDULE = (2, 2, 2), "zb1p"
+ABROAD = [((1, 2, 1), "dualpipev"), ((4, 1, 1), "1f1b"), ((1, 4, 4), "gpipe")]
 FIRST, FOLLOWING = 3, 20
+
+
+def home_config() -> RunConfig:
+    return checkpoint_config(HOME, HOME_SCHEDULE)
 
 
 def train_and_save(rank: int, config: RunConfig, folder: Path) -> list[tuple[float, float]]:
@@ -47,11 +51,14 @@ def same_tensors(first: Path, second: Path) -> None:
             assert torch.equal(one.load_tensor(name, section), other.load_tensor(name, section)), name
 
 
+pytestmark = pytest.mark.timeout(300)  # two starts of up to four ranks each, on a machine that may be busy
+
+
 @pytest.fixture(scope="module")
 def home(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[tuple[float, float]]]:
     """A checkpoint of three steps on HOME, and the twenty steps that followed there."""
     folder = tmp_path_factory.mktemp("home")
-    ranks = run_ranks(4, train_and_save, checkpoint_config(HOME), folder)
+    ranks = run_ranks(4, train_and_save, home_config(), folder, timeout_seconds=110)
     return folder, ranks[0]
 
 
@@ -59,7 +66,10 @@ def test_same_topology_continues_bit_equal(
     home: tuple[Path, list[tuple[float, float]]], tmp_path: Path
 ) -> None:
     folder, following = home
-    assert run_ranks(4, move, checkpoint_config(HOME), folder, tmp_path, FOLLOWING)[0] == following
+    assert (
+        run_ranks(4, move, checkpoint_config(HOME, HOME_SCHEDULE), folder, tmp_path, FOLLOWING)[0]
+        == following
+    )
     same_tensors(folder, tmp_path)
 
 
@@ -73,10 +83,11 @@ def test_moving_to_another_topology_and_back(
     """Weights, moments and router biases stay as they are; the following losses agree within 1e-6."""
     folder, following = home
     config = checkpoint_config(topology, schedule)
-    losses = run_ranks(config.num_processes, move, config, folder, tmp_path / "abroad", FOLLOWING)[0]
-    same_tensors(folder, tmp_path / "abroad")
+    abroad, num_ranks = tmp_path / "abroad", config.num_processes
+    losses = run_ranks(num_ranks, move, config, folder, abroad, FOLLOWING, timeout_seconds=110)[0]
+    same_tensors(folder, abroad)
     worst = max(abs(a - b) for (a, _), (b, _) in zip(losses, following, strict=True))
     print(f"{topology} {schedule}: losses within {worst:.1e}")
     assert worst < 1e-6
-    run_ranks(4, move, checkpoint_config(HOME), tmp_path / "abroad", tmp_path / "back", 0)
+    run_ranks(4, move, home_config(), abroad, tmp_path / "back", 0, timeout_seconds=110)
     same_tensors(folder, tmp_path / "back")
