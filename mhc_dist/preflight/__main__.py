@@ -47,7 +47,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     found = findings(report)
     if world.rank == 0:
         # A table in a log file is as wide as it needs to be.
-        console = Console() if sys.stdout.isatty() else Console(width=140)
+        console = Console(highlight=False, width=None if sys.stdout.isatty() else 140)
         show(report, found, console)
         if options.output is not None:
             options.output.write_text(cluster_text(cluster(report, options.name)))
