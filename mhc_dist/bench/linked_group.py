@@ -120,8 +120,8 @@ class LinkedGroup(dist.ProcessGroup):
         to receive behind its own data, and the two directions of a slow link take turns.
         """
         size, own = self.size(), self.rank()
-        outputs: tuple[Tensor, ...] = output.split(output_split_sizes or output.shape[0] // size)  # type: ignore[no-untyped-call]
-        inputs: tuple[Tensor, ...] = input.split(input_split_sizes or input.shape[0] // size)  # type: ignore[no-untyped-call]
+        outputs: tuple[Tensor, ...] = output.split(output_split_sizes or output.shape[0] // size)
+        inputs: tuple[Tensor, ...] = input.split(input_split_sizes or input.shape[0] // size)
         others = [(own + step) % size for step in range(1, size)]
         works = [self._gloo.recv([outputs[rank]], rank, ALL_TO_ALL_TAG) for rank in others]
         works += [self._gloo.send([inputs[rank]], rank, ALL_TO_ALL_TAG) for rank in others]

@@ -187,5 +187,5 @@ def _through(
     """`values` with those at `places` passed through `border`."""
     if not places:
         return values
-    passed = iter(border.apply(watch, *(values[i] for i in places)))  # type: ignore[no-untyped-call]
+    passed = iter(border.apply(watch, *(values[i] for i in places)))
     return tuple(next(passed) if i in places else value for i, value in enumerate(values))

@@ -96,7 +96,7 @@ class DifferentiableChunk(nn.Module):
             for name in item.shape.reads:
                 if name in flying:
                     flight, edge = flying.pop(name)
-                    values[name] = _Land.apply(edge, flight)  # type: ignore[no-untyped-call]
+                    values[name] = _Land.apply(edge, flight)
             reads = [values[name] for name in item.shape.reads]
             left.subtract(item.shape.reads)
             for name in item.shape.reads:
@@ -111,11 +111,11 @@ class DifferentiableChunk(nn.Module):
                 values[written] = item.issue(*reads).wait()
                 continue
             flight = _Flight(item, tuple(reads[1:]))
-            edge = _Start.apply(reads[0], flight)  # type: ignore[no-untyped-call]
+            edge = _Start.apply(reads[0], flight)
             if self._hide_shared:
                 flying[written] = (flight, edge)
             else:
-                values[written] = _Land.apply(edge, flight)  # type: ignore[no-untyped-call]
+                values[written] = _Land.apply(edge, flight)
         return _own(values[CHUNK_OUTPUT])
 
     def loss(self, streams_TNC: Tensor, targets_BL: Tensor) -> Tensor:
