@@ -211,6 +211,4 @@ class ProcessGroups:
         world = [range(topology.world_size)]
         control = create_group(world, rank, timeout_seconds, backend="gloo")
         checkpoints = create_group(world, rank, save_seconds, backend="gloo")
-        return ProcessGroups(
-            topology, expert_forward, expert_backward, data, channels, control, checkpoints
-        )
+        return ProcessGroups(topology, expert_forward, expert_backward, data, channels, control, checkpoints)
