@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import sys
 from pathlib import Path
 
@@ -12,6 +13,12 @@ sys.path.insert(0, str(Path(__file__).parent))
 # A run starts in ten seconds on two idle cores, in a minute on busy ones; an image is built in two or in ten.
 LIMIT_SECONDS = {"test_image.py": 2400}
 OTHERS_LIMIT_SECONDS = 900
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    # A run that is asked to stop still removes its hosts, as after Ctrl-C.
+    if config.option.markexpr == "cluster":
+        signal.signal(signal.SIGTERM, signal.default_int_handler)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
