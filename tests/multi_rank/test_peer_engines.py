@@ -48,7 +48,9 @@ def one_step(
     rank: int, store: str, config: RunConfig, name: str, paced: bool, folder: Path, result: Path
 ) -> None:
     """Leaves this rank's loss and gradients in `folder`."""
-    cell = Cell.join(rank, store, config, [(0, 1), (1, 0)] if config.parallel.pipeline > 1 else [])
+    links = [(0, 1), (1, 0)] if config.parallel.pipeline > 1 else []
+    # The oracle's routers decide for themselves, so these do, too.
+    cell = Cell.join(rank, store, config, links, routing="untrained")
     cell = replace(cell, microbatches=own_microbatches(config, cell.topology))
     cell.route.link = EmulatedLink(MILLISECOND, 1e7)
     pace: Pace = Nominal(short_times(config)) if paced else RealTime()
