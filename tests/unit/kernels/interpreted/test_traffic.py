@@ -96,7 +96,7 @@ def test_chunks_read_the_streams_once(shifted_pre: bool) -> None:
         "backward": ((3 * n + 3) * row, formula.backward(CHANNELS, spec, tiles, 2, token_splits=1)),
     }
     for name, (streams, moved) in promises.items():
-        # Temporaries live where others have been: how many of their writes meet in the cache depends on where.
+        # Temporaries live where others have been; how many of their writes meet in the cache depends on it.
         assert 0.98 * streams <= counted[name] * row, name
         assert counted[name] * row <= 1.1 * (streams + moved.coefficients + moved.partials), name
 
