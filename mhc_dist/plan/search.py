@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from functools import lru_cache
+from functools import lru_cache, partial
 
 from mhc_dist.config import RunConfig
 from mhc_dist.config_sections import ResidualKind
@@ -18,6 +18,7 @@ from mhc_dist.plan.costs import CostModel
 from mhc_dist.plan.evaluate import Evaluation, evaluate
 from mhc_dist.plan.layout import Layout, cached_schedule, model_ranks, planned_shapes, same_layout, sized
 from mhc_dist.plan.machine import Machine
+from mhc_dist.plan.parallel_map import parallel_map
 
 NUM_SIMULATED = 10
 """Layouts that are placed and simulated; the others are ruled out by their estimate. Every schedule gets at
@@ -119,15 +120,12 @@ def search(
     budget = machine.memory_budget
     # Estimates leave out placement's choices; anything near the budget is decided by simulation.
     fitting = [e for e in estimates if e.peak_bytes <= 1.1 * budget]
-    evaluations = [
-        found
-        for group in promising(fitting)
-        if (found := first_that_fits(config, machine, group)) is not None
-    ]
+    candidates = parallel_map(partial(first_that_fits, config, machine), promising(fitting))
+    evaluations = [found for found in candidates if found is not None]
     if not evaluations:
         raise NothingFitsError(nothing_fits(config, machine, num_devices, estimates, schedules))
     best = sorted(evaluations, key=merit)
-    recut = sorted((best_balance(config, machine, e) for e in best[:NUM_RECUT]), key=merit)
+    recut = sorted(parallel_map(partial(best_balance, config, machine), best[:NUM_RECUT]), key=merit)
     recut[0] = best_shifts(config, machine, recut[0], NUM_SHIFTS)
     return Search(tuple(sorted([*recut, *best[NUM_RECUT:]], key=merit)), len(estimates), len(fitting))
 
