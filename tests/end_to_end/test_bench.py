@@ -90,7 +90,7 @@ def test_overlap_in_delay_mode_refuses_saturated_processors(tmp_path: Path) -> N
     assert not list(tmp_path.iterdir()), "figures that are not valid are not written"
 
 
-@pytest.mark.parametrize("block", ["auto", "2"])
+@pytest.mark.parametrize("block", ["auto", pytest.param("2", marks=pytest.mark.long)])
 def test_memory_bench_agrees_with_the_formula(block: str, tmp_path: Path) -> None:
     """Oracle: the formula of the paper's section 4.3.2, in bytes; the allocator counts."""
     command = [MHC_DIST, "bench", "memory", "--results", str(tmp_path), "--set", f"recompute.block={block}"]

@@ -83,19 +83,15 @@ def die_in(lane: str) -> Callable[[int], None]:
     return prepare
 
 
+# The pass that the survivor is in need not be the dead rank's: what that one sent before may have let it go on.
+EXCHANGING = r"(issue|wait)\.[FB] c0 m\d (counts|dispatch|combine)\.\d(, waiting for tokens of rank 1)?"
+
+
 @pytest.mark.parametrize(
     ("sizes", "lane", "waiting"),
     [
-        (
-            (1, 2, 2),
-            "exchange F",
-            r"(issue|wait)\.F c0 m\d (counts|dispatch|combine)\.\d(, waiting for tokens of rank 1)?",
-        ),
-        (
-            (1, 2, 2),
-            "exchange B",
-            r"(issue|wait)\.B c0 m\d (dispatch|combine)\.\d(, waiting for tokens of rank 1)?",
-        ),
+        ((1, 2, 2), "exchange F", EXCHANGING),
+        ((1, 2, 2), "exchange B", EXCHANGING),
         (
             (2, 1, 1),
             "message 1>0",
