@@ -83,7 +83,7 @@ def die_in(lane: str) -> Callable[[int], None]:
     return prepare
 
 
-# The pass that the survivor is in need not be the dead rank's: what that one sent before may have let it go on.
+# The survivor need not be in the dead rank's pass: what that one sent before may have let it go on.
 EXCHANGING = r"(issue|wait)\.[FB] c0 m\d (counts|dispatch|combine)\.\d(, waiting for tokens of rank 1)?"
 
 
