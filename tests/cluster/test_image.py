@@ -10,8 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-
-from runs import ROOT, SMALL, need, summary
+from cluster_runs import ROOT, SMALL, need, summary
 
 IMAGE = "mhc-dist:cpu"
 OWN_LAYERS_LIMIT_BYTES = 2_000_000_000

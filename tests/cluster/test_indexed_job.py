@@ -7,10 +7,10 @@ from typing import Any
 
 import pytest
 import yaml
+from cluster_runs import ENVIRON, MHC_DIST, ROOT, SMALL, need, summary
 from hosts import Hosts
 
 from mhc_dist.config import load_config
-from runs import ENVIRON, MHC_DIST, ROOT, SMALL, need, summary
 
 pytestmark = pytest.mark.needs_root
 

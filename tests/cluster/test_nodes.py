@@ -13,9 +13,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+from cluster_runs import ENVIRON, ROOT, need, processes_of, summary, train_command, wait_for_step
 from hosts import Host, Hosts, start_ssh
-
-from runs import ENVIRON, ROOT, need, processes_of, summary, train_command, wait_for_step
 
 pytestmark = pytest.mark.needs_root
 

@@ -10,10 +10,10 @@ import time
 from pathlib import Path
 
 import pytest
+from cluster_runs import ENVIRON, MHC_DIST, ROOT, need
 from hosts import Hosts
 
 from mhc_dist.plan.cluster import load_cluster
-from runs import ENVIRON, MHC_DIST, ROOT, need
 
 BIN = Path(sys.executable).parent
 STARTS = {

@@ -8,7 +8,7 @@ import subprocess
 import time
 from pathlib import Path
 
-from runs import ENVIRON, MHC_DIST, TINY, wait_for_step
+from cluster_runs import ENVIRON, MHC_DIST, TINY, wait_for_step
 
 LIMIT_SECONDS = 20.0
 

@@ -11,9 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+from cluster_runs import ENVIRON, MHC_DIST, SMALL, TINY, need, summary
 from hosts import Hosts
-
-from runs import ENVIRON, MHC_DIST, SMALL, TINY, need, summary
 
 pytestmark = pytest.mark.needs_root
 
