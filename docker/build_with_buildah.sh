@@ -40,7 +40,7 @@ fi
 
 settings=(--build-arg "BASE_IMAGE=${base}" --build-arg PIP_NO_CACHE_DIR=0)
 # What pip and apt need here, shown to the build and kept out of the image.
-settings+=(--volume "${cache}/pip:/root/.cache/pip" --volume /etc/apt/apt.conf.d:/etc/apt/apt.conf.d:ro)
+settings+=(--volume "${cache}/pip:/var/cache/pip" --volume /etc/apt/apt.conf.d:/etc/apt/apt.conf.d:ro)
 settings+=(--volume /etc/ssl/certs/ca-certificates.crt:/etc/ssl/certs/ca-certificates.crt:ro)
 if [ -s /etc/pip.conf ]; then settings+=(--secret "id=pip,src=/etc/pip.conf"); fi
 # Wheels that pip would take from folders of this machine.

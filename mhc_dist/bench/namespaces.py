@@ -11,6 +11,7 @@ computes; latency is the kernel's own, some 50 microseconds.
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import os
 import re
@@ -110,11 +111,10 @@ class ShapedNetwork:
         _remove_left_behind()
         # A terminated bench must leave as one that fails: through __exit__.
         self._old_handler = signal.signal(signal.SIGTERM, _leave)
-        try:
+        with contextlib.ExitStack() as unless_built:
+            unless_built.callback(self._take_down)
             self._build()
-        except BaseException:
-            self._take_down()
-            raise
+            unless_built.pop_all()
         return self
 
     def __exit__(

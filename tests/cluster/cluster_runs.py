@@ -12,29 +12,14 @@ from subprocess import Popen
 import psutil
 import pytest
 
+from tests.small_run import SMALL_RUN
+
 ROOT = Path(__file__).parents[2]
 TINY = ROOT / "configs" / "tiny.yaml"
 MHC_DIST = str(Path(sys.executable).with_name("mhc-dist"))
 # On the CPU, one thread a rank: several ranks share a core here.
 ENVIRON = {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "-1"}
-SMALL = [
-    "model.num_layers=4",
-    "model.hidden_size=32",
-    "model.num_heads=2",
-    "model.head_dim=16",
-    "model.value_dim=16",
-    "model.rope_dim=8",
-    "model.kv_rank=16",
-    "model.num_experts=4",
-    "model.expert_dim=16",
-    "data.sequence_length=32",
-    "schedule.num_microbatches=4",
-    "observe.metrics_port=0",
-    "train.validate_every=0",
-    "train.validation_batches=1",
-    "train.steps=3",
-    "checkpoint.mode=none",
-]
+SMALL = [*SMALL_RUN, "train.steps=3", "checkpoint.mode=none"]
 
 
 def settings(output: Path, *overrides: str) -> list[str]:

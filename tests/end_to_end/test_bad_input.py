@@ -12,29 +12,15 @@ from pathlib import Path
 import psutil
 import pytest
 
+from tests.small_run import SMALL_RUN
+
 TINY = Path(__file__).parents[2] / "configs" / "tiny.yaml"
-SMALL = [
-    "model.num_layers=4",
-    "model.hidden_size=32",
-    "model.num_heads=2",
-    "model.head_dim=16",
-    "model.value_dim=16",
-    "model.rope_dim=8",
-    "model.kv_rank=16",
-    "model.num_experts=4",
-    "model.expert_dim=16",
-    "data.sequence_length=32",
-    "schedule.num_microbatches=4",
-    "observe.metrics_port=0",
-    "train.validate_every=0",
-    "train.validation_batches=1",
-]
 
 
 def start(output: Path, *overrides: str) -> subprocess.Popen[str]:
     """`mhc-dist train` of a small model on four processes."""
     command = [str(Path(sys.executable).with_name("mhc-dist")), "train", str(TINY)]
-    for override in [*SMALL, f"train.output={output}", *overrides]:
+    for override in [*SMALL_RUN, f"train.output={output}", *overrides]:
         command += ["--set", override]
     environment = os.environ | {"CUDA_VISIBLE_DEVICES": "-1", "OMP_NUM_THREADS": "1"}
     return subprocess.Popen(

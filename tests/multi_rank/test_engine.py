@@ -439,6 +439,20 @@ def test_a_saved_parameter_still_knows_its_sink() -> None:
     run_ranks(1, run)
 
 
+def test_a_step_tells_what_its_reduction_sent() -> None:
+    # Oracle: by hand: of each flat buffer, fp32, a rank of two sends the half that is not its own.
+    def run(rank: int) -> None:
+        place = Topology(1, 2, 1, rank)
+        engine = OptimizerEngine(Stage(0, 0, EXPERTS), run_config(place), place)
+        engine.reduce_gradients()
+        reduction = engine.finish_step().reduction
+        flat = engine._optimizer.fp32_groups_gradients_flat
+        assert reduction.num_bytes == sum(buffer.numel() // 2 * 4 for buffer in flat)
+        assert 0.0 <= reduction.exposed_seconds <= reduction.seconds
+
+    run_ranks(2, run)
+
+
 def test_monitors_receive_figures(tmp_path: Path) -> None:
     # Oracle: the CSV file DeepSpeed's monitor writes.
     def run(rank: int) -> None:

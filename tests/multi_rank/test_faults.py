@@ -19,6 +19,7 @@ import pytest
 import torch
 
 import mhc_dist.train
+from mhc_dist import train
 from mhc_dist.config import RunConfig
 from mhc_dist.guard.exit_codes import ExitCode
 from mhc_dist.guard.peers import WatchLimits
@@ -203,3 +204,19 @@ def test_any_routing_trains_as_a_single_process_does(
     run_to_end(spread, prepare=crowd(experts))
     assert len(losses(spread)) == STEPS
     torch.testing.assert_close(losses(spread), losses(alone), rtol=1e-6, atol=0.0)
+
+
+def test_a_defect_in_a_step_is_no_mistake_of_the_user(corpus: Path, tmp_path: Path) -> None:
+    """Oracle: exit code 1 and a traceback; code 2 with one sentence is for what a user wrote."""
+
+    def prepare(rank: int) -> None:
+        def broken(*arguments: Any) -> None:
+            raise ValueError("too many values to unpack")
+
+        train.train_step = broken
+
+    run = ForkedRun(run_config(tmp_path, corpus, (1, 1, 1)), prepare=prepare)
+    assert run.wait() == [ExitCode.ERROR]
+    output = run.output.read_text()
+    assert "Traceback" in output
+    assert "while training: too many values to unpack" in output

@@ -38,7 +38,11 @@ def timeline_chart(run: RunRecord) -> Chart | None:
     if not measured:
         return None
     ranks = sorted({event.rank for event in measured})[:MOST_RANKS]
-    planned = planned_events(run)
+    try:
+        planned, no_plan = planned_events(run), ""
+    except ValueError as error:
+        # Another version wrote the run, or its cluster file is gone: the measured step is still there.
+        planned, no_plan = [], f" Its plan cannot be made anew: {str(error).splitlines()[0]}"
     length = max(event.end for event in measured) - min(event.start for event in measured)
 
     def draw(figure: Figure) -> None:
@@ -55,6 +59,7 @@ def timeline_chart(run: RunRecord) -> Chart | None:
         f"Step {step}, which took {length:.2f} s, on the ranks of the first data column."
         f" Every action is in {path.relative_to(run.folder)}, to be opened at ui.perfetto.dev."
     )
+    text += no_plan
     if planned:
         text += " The plan uses predicted costs: compare the shapes, not the seconds."
     height = 1.4 + 0.42 * len(ranks) * (2 if planned else 1) + (0.6 if planned else 0.0)
@@ -62,11 +67,11 @@ def timeline_chart(run: RunRecord) -> Chart | None:
 
 
 def planned_events(run: RunRecord) -> list[TraceEvent]:
-    """The run's own program, simulated with the costs it was placed by; empty if it was not placed."""
-    try:
-        config = RunConfig.model_validate(run.config)
-    except ValueError:
-        return []  # written by another version: its measured timeline is still there
+    """The run's own program, simulated with the costs it was placed by; empty if it was not placed.
+
+    Raises ValueError when configuration or cluster file cannot be read (any more).
+    """
+    config = RunConfig.model_validate(run.config)
     if config.schedule.cluster is None:
         return []
     # Imported here: a report of an older run needs none of it.

@@ -3,12 +3,15 @@
 import json
 import re
 import subprocess
+import sys
 import time
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
+from mhc_launcher.cli import app, main
+from typer.testing import CliRunner
 
 from mhc_dist.config import dump_config, load_config
 from mhc_dist.observe.metrics import CommOp, CommUse, RankStep
@@ -102,6 +105,38 @@ def test_the_timeline_shows_a_step_as_planned_and_as_measured(tmp_path: Path) ->
     assert text.count("stage 1, rank 2") == 1
     without_plan = make_run(tmp_path / "unplaced", schedule__cluster="null")
     assert planned_events(read_run(without_plan)) == []
+
+
+def test_a_plan_that_cannot_be_made_anew_is_said_to_be_missing(tmp_path: Path) -> None:
+    """Oracle: the same trace, its cluster file gone: the step is drawn alone, and the page says why."""
+    run = make_run(tmp_path / "moved")
+    planned = planned_events(read_run(run))
+    (run / "trace").mkdir()
+    write_events(planned, run / "trace" / "step_7.json", {"step": 7})
+    config = (run / "config.yaml").read_text()
+    (run / "config.yaml").write_text(config.replace("cluster: laptop", "cluster: gone_since"))
+    text = write_report(run).read_text()
+    assert "measured, step 7" in text
+    assert "Its plan cannot be made anew" in text
+    assert "gone_since" in text
+
+
+def test_commands_end_with_the_page_or_one_message(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Oracle: what the pages' own functions write; exit code 2 for what is no run."""
+    first, second = make_run(tmp_path / "first"), make_run(tmp_path / "second", num_steps=20)
+    runner = CliRunner()
+    reported = runner.invoke(app, ["report", str(first)])
+    assert reported.output.strip() == str(first / "report.html")
+    page = tmp_path / "both.html"
+    compared = runner.invoke(app, ["compare", str(first), str(second), "--output", str(page)])
+    assert compared.exit_code == 0, compared.output
+    assert page.exists()
+    assert "2.1667" in compared.output
+    for command in ("report", "top"):
+        monkeypatch.setattr(sys, "argv", ["mhc-dist", command, str(tmp_path)])
+        with pytest.raises(SystemExit) as ended:
+            main()
+        assert ended.value.code == 2
 
 
 def test_ten_thousand_steps_stay_small_and_fast(tmp_path: Path) -> None:
