@@ -323,7 +323,7 @@ def one_rank_is_slow(context: RankContext) -> None:
 
 
 def test_a_stuck_run_ends_with_a_dump(tmp_path: Path) -> None:
-    """Oracle: no process is dead, so the limit on one action ends the run; one dump has all actions."""
+    """Oracle: no process is dead, so the limit on one action ends the run; a dump has all actions."""
     limits = WatchLimits(heartbeat_seconds=0.2, action_seconds=2.0)
     ranks = Ranks(tmp_path, one_rank_is_slow, 3, limits)
     start = time.monotonic()
@@ -331,9 +331,11 @@ def test_a_stuck_run_ends_with_a_dump(tmp_path: Path) -> None:
     assert ranks.finish() == [ExitCode.STUCK.value] * 3, ranks.outputs()
     assert time.monotonic() - start > 4.5, "the longer limit of one action was not kept"
     dumps = [output for output in ranks.outputs() if output.count("\n") > 1]
-    assert len(dumps) == 1
-    for rank, action in enumerate(["recv from rank -1", "compute", "recv from rank 1"]):
-        assert re.search(rf"\n  rank {rank} \(host \S+ pid \d+\): {action} for \d\.\d s", dumps[0])
+    # Whoever finds out first tells it for all; ranks that find out at the same instant both do.
+    assert dumps
+    for dump in dumps:
+        for rank, action in enumerate(["recv from rank -1", "compute", "recv from rank 1"]):
+            assert re.search(rf"\n  rank {rank} \(host \S+ pid \d+\): {action} for \d\.\d s", dump)
     for output in ranks.outputs():
         assert "no progress: rank" in output
         assert "2.0 s are allowed" in output
