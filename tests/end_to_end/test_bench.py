@@ -61,7 +61,7 @@ def test_simulator_predicts_steps_in_delay_mode(modes: list[str], tmp_path: Path
     sizes = ["hidden_size=32", "expert_dim=32", "num_layers=4", "num_active_experts=2", "kv_rank=32"]
     settings = [part for value in sizes for part in ("--set", f"model.{value}")]
     settings += ["--set", "data.sequence_length=32", "--set", "schedule.num_microbatches=4"]
-    command = [MHC_DIST, "bench", "simulator", "--ranks", "4", "--rounds", "2", "--slow-motion", "6"]
+    command = [MHC_DIST, "bench", "simulator", "--ranks", "4", "--rounds", "1", "--slow-motion", "6"]
     command += ["--modes", *modes, "--max-overrun", "100", "--results", str(tmp_path), "--json"]
     done = subprocess.run([*command, *settings], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
