@@ -9,14 +9,17 @@ from mhc_dist.observe.memory import memory_use
 
 
 def test_a_process_grows_by_what_it_allocates() -> None:
-    """Oracle: 64 MiB that are written, and given back."""
+    """Oracle: 256 MiB that are written, and given back.
+
+    A fifth is allowed for: the kernel may take cold pages of this process away meanwhile (10 MiB were seen),
+    and it keeps the two counts apart and updates them in steps.
+    """
     before = memory_use(torch.device("cpu"))
-    block = torch.ones(2**24)
+    block = torch.ones(2**26)
     grown = memory_use(torch.device("cpu"))
-    assert grown.allocated_bytes - before.allocated_bytes > 0.9 * block.nbytes
+    assert grown.allocated_bytes - before.allocated_bytes > 0.8 * block.nbytes
     del block
-    # The kernel keeps the two counts apart, and updates them in steps.
-    assert memory_use(torch.device("cpu")).peak_bytes > before.allocated_bytes + 0.9 * 2**26
+    assert memory_use(torch.device("cpu")).peak_bytes > before.allocated_bytes + 0.8 * 2**28
 
 
 def test_a_gpu_is_asked_for_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
