@@ -13,6 +13,7 @@ import torch
 from mhc_kernels.seam import make_backend
 from torch import Tensor
 
+from mhc_dist.bench.result import conditions
 from mhc_dist.config import RunConfig, dump_config, load_config
 from mhc_dist.data.batches import Batches, Sequences, ValidationWindows
 from mhc_dist.data.token_files import TokenData, check_vocabulary
@@ -73,6 +74,7 @@ def run_part(plan: PartPlan) -> dict[str, Any]:
         "fingerprint": plan.fingerprint(),
         "variant": plan.variant,
         "seed": plan.seed,
+        "commit": conditions()["commit"],
         **train_and_measure(config, tokens),
     }
     plan.folder.mkdir(parents=True, exist_ok=True)
@@ -83,8 +85,11 @@ def run_part(plan: PartPlan) -> dict[str, Any]:
 
 
 def train_and_measure(config: RunConfig, tokens: TokenData) -> dict[str, Any]:
-    """Records of the measured steps, gains over depth at the end, losses and seconds."""
-    start = time.perf_counter()
+    """Records of all steps, gains over depth at the end, losses, seconds by the clock and of the processor.
+
+    The latter do not count what a busy machine, or a pause, takes: they tell what the part costs.
+    """
+    start, cpu_start = time.perf_counter(), time.process_time()
     model = LanguageModel(config, make_backend(config.kernels.backend))
     initialize(model, config)
     probe = _probe(model, max(1, config.train.steps // NUM_MEASUREMENTS))
@@ -113,6 +118,7 @@ def train_and_measure(config: RunConfig, tokens: TokenData) -> dict[str, Any]:
         "depth": depth,
         "validation_loss": _validation_loss(model, config, tokens),
         "seconds": time.perf_counter() - start,
+        "cpu_seconds": time.process_time() - cpu_start,
     }
 
 
