@@ -90,7 +90,7 @@ def loss(tmp_path_factory: pytest.TempPathFactory) -> float:
     """What the run's last step gives on a single node, without Slurm."""
     import os
 
-    from runs import train_command
+    from cluster_runs import train_command
 
     done = subprocess.run(
         train_command(tmp_path_factory.mktemp("single")),
