@@ -18,13 +18,12 @@ from mhc_dist.config import RunConfig, dump_config, load_config
 from mhc_dist.data.batches import Batches, Sequences, ValidationWindows
 from mhc_dist.data.token_files import TokenData, check_vocabulary
 from mhc_dist.data.tokens import default_cache_folder, open_tokens
-from mhc_dist.model.hyper_connection import TapeHolder, attach_holder
 from mhc_dist.model.initialize import initialize
 from mhc_dist.model.language_model import LanguageModel
-from mhc_dist.observe.stability import StabilityProbe, StageFigures, amax_gain
 from mhc_dist.optim.adamw import FlatAdamW
 from mhc_dist.optim.learning_rate import learning_rate
 from mhc_dist.optim.parameter_groups import parameter_groups
+from mhc_dist.study.instruments import gains_of, gains_over_depth, probe_by_layer
 from mhc_dist.study.variants import variant_config
 
 NUM_MEASUREMENTS = 40
@@ -92,7 +91,7 @@ def train_and_measure(config: RunConfig, tokens: TokenData) -> dict[str, Any]:
     start, cpu_start = time.perf_counter(), time.process_time()
     model = LanguageModel(config, make_backend(config.kernels.backend))
     initialize(model, config)
-    probe = _probe(model, max(1, config.train.steps // NUM_MEASUREMENTS))
+    probe = probe_by_layer(model, max(1, config.train.steps // NUM_MEASUREMENTS))
     optimizer = _optimizer(config, model)
     data = config.data
     batches = Batches(tokens.train, data.sequence_length, data.seed, config.sequences_per_step)
@@ -110,8 +109,8 @@ def train_and_measure(config: RunConfig, tokens: TokenData) -> dict[str, Any]:
         model.zero_grad()
         record = {"step": step + 1, "loss": loss.item(), "grad_norm": grad_norm}
         if figures is not None:
-            record |= _gains(figures)
-            depth = _depth(figures)
+            record |= gains_of(figures)
+            depth = gains_over_depth(figures)
         records.append(record)
     return {
         "records": records,
@@ -120,14 +119,6 @@ def train_and_measure(config: RunConfig, tokens: TokenData) -> dict[str, Any]:
         "seconds": time.perf_counter() - start,
         "cpu_seconds": time.process_time() - cpu_start,
     }
-
-
-def _probe(model: LanguageModel, every: int) -> StabilityProbe:
-    """Every layer is a chunk of its own to the probe, so that gains over depth can be told."""
-    holders = {index: TapeHolder() for index in range(len(model.layers))}
-    for index, layer in enumerate(model.layers):
-        attach_holder(layer, holders[index])
-    return StabilityProbe(holders, every)
 
 
 def _optimizer(config: RunConfig, model: LanguageModel) -> FlatAdamW:
@@ -156,29 +147,6 @@ def _clip(model: LanguageModel, largest: float) -> float:
 
 def _tensors(sequences: Sequences) -> tuple[Tensor, Tensor]:
     return torch.from_numpy(sequences.inputs), torch.from_numpy(sequences.targets)
-
-
-def _gains(figures: StageFigures) -> dict[str, float]:
-    singles = [one for chunk in figures.chunks for one in chunk.sublayers]
-    return {
-        "forward_gain": figures.gain.forward,
-        "backward_gain": figures.gain.backward,
-        "single_forward_gain": max(one.gain.forward for one in singles),
-        "single_backward_gain": max(one.gain.backward for one in singles),
-        "row_residual": figures.residual.rows,
-        "column_residual": figures.residual.columns,
-    }
-
-
-def _depth(figures: StageFigures) -> dict[str, list[float]]:
-    """Gain of the product of the first 1, 2, ... layers."""
-    product_SNN: Tensor | None = None
-    gains = []
-    for chunk in figures.chunks:
-        layer_SNN = torch.tensor(chunk.product, dtype=torch.float64)
-        product_SNN = layer_SNN if product_SNN is None else layer_SNN @ product_SNN
-        gains.append(amax_gain(product_SNN))
-    return {"forward": [gain.forward for gain in gains], "backward": [gain.backward for gain in gains]}
 
 
 @torch.no_grad()

@@ -8,9 +8,11 @@ from typing import Any
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
 
 SMALLEST_SHOWN = 1e-9
 STYLES = {"fp32, paper": "-", "fp32, deepseek_v4": "--", "bf16, paper": ":", "bf16, deepseek_v4": "-."}
+EXACT_STYLES = {"fp32": "-", "bf16": ":"}
 
 Curves = Mapping[str, Sequence[dict[str, Any]]]
 
@@ -44,32 +46,38 @@ def plot_stability(curves: Curves, path: Path) -> Path:
     return path
 
 
-def plot_sinkhorn(curves: Mapping[str, Mapping[str, Sequence[float]]], path: Path) -> Path:
-    """Residual, gain, difference from fp64 over iterations; a colour a width, a style a precision and eps."""
-    figure = Figure(figsize=(14, 4.5), layout="constrained")
+def plot_sinkhorn(figures: Mapping[str, Any], path: Path) -> Path:
+    """Residual, gain, difference from fp64 over iterations; a colour a width, a style a precision and eps.
+
+    `figures` is what the study found: `cases` by width, precision and eps, and `exact` mixes, of which
+    `mhc_lite` is drawn: its widest logits, as its figures hardly depend on them.
+    """
+    figure = Figure(figsize=(13, 5), layout="constrained")
     panels = (
         ("column_residual", "Largest distance of a column sum from 1", 0.0),
-        ("gain", "Composite Amax gain of 48 mixes, minus 1", 1.0),
+        ("gain", "Distance from 1 of the composite Amax gain of 48 mixes", 1.0),
         ("difference", "Largest difference from fp64, eps 0, as many iterations", 0.0),
     )
-    colours = {name.partition(",")[0]: "" for name in curves}
-    colours = {width: f"C{index}" for index, width in enumerate(colours)}
+    widths = list(dict.fromkeys(name.partition(", ")[0] for name in figures["cases"]))
+    colours = {width: f"C{index}" for index, width in enumerate(widths)}
+    exact = {dtype: figures["exact"][f"mhc_lite, {widths[-1]}, {dtype}"] for dtype in EXACT_STYLES}
     for axis, (key, title, base) in zip(figure.subplots(1, 3), panels, strict=True):
-        for name, case in curves.items():
+        for name, case in figures["cases"].items():
             width, _, rest = name.partition(", ")
             values = [max(abs(value - base), SMALLEST_SHOWN) for value in case[key]]
-            axis.plot(
-                case["iterations"],
-                values,
-                color=colours[width],
-                ls=STYLES[rest],
-                lw=1.2,
-                alpha=0.8,
-                label=name,
-            )
+            axis.plot(case["iterations"], values, color=colours[width], ls=STYLES[rest], lw=1.4, alpha=0.8)
+        for dtype, style in EXACT_STYLES.items():
+            value = max(abs(exact[dtype][key] - base), SMALLEST_SHOWN)
+            axis.axhline(value, color="black", ls=style, lw=1.0)
         _finish(axis, title, "Sinkhorn iterations", is_log=True)
-    axis.legend(fontsize=7)
-    figure.savefig(path, dpi=110)
+    lines = [Line2D([], [], color=colour, label=f"logits of {width}") for width, colour in colours.items()]
+    lines += [Line2D([], [], color="grey", ls=style, label=rest) for rest, style in STYLES.items()]
+    lines += [
+        Line2D([], [], color="black", ls=style, lw=1.0, label=f"mhc_lite, no iterations, {dtype}")
+        for dtype, style in EXACT_STYLES.items()
+    ]
+    figure.legend(handles=lines, loc="outside lower center", ncols=5, fontsize=9)
+    figure.savefig(path, dpi=100)
     return path
 
 

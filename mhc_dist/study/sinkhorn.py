@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +30,11 @@ ITERATIONS = (1, 2, 3, 5, 8, 10, 15, 20, 30, 40)
 WIDTHS = (1.0, 3.0, 6.0)
 EPS = {"paper": 0.0, "deepseek_v4": 1e-6}
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+EXACT: dict[str, tuple[int, Callable[[Tensor], Tensor]]] = {
+    "mhc_lite": (math.factorial(NUM_STREAMS), partial(permutation_mixture, num_streams=NUM_STREAMS)),
+    "krom n=8": (3, kronecker_product),
+}
+"""Number of logits, and the mixes made of them without iterations."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -42,7 +49,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     command = " ".join(["mhc-dist study sinkhorn", *(sys.argv[1:] if arguments is None else arguments)])
     label = "measured: rounding and convergence on a CPU, random logits"
     path = write_result(NAME, options.results, command, label, figures)
-    picture = plot_sinkhorn(figures["cases"], options.results / f"{NAME}.png")
+    picture = plot_sinkhorn(figures, options.results / f"{NAME}.png")
     print(f"{label}; written to {path} and {picture}")
     print(json.dumps(figures["exact"]))
     return ExitCode.OK
@@ -67,10 +74,14 @@ def run(num_tokens: int) -> dict[str, Any]:
                 cases[f"width {width:g}, {dtype_name}, {eps_name}"] = case
     exact = {}
     for width in WIDTHS:
-        lite = random_logits(num_tokens, 24, width).flatten(0, 1)
-        factors = random_logits(num_tokens, 3, width).flatten(0, 1)
-        exact[f"mhc_lite, width {width:g}"] = _exact(permutation_mixture(lite, NUM_STREAMS))
-        exact[f"krom n=8, width {width:g}"] = _exact(kronecker_product(factors))
+        for kind, (num_logits, mixes_of) in EXACT.items():
+            logits = random_logits(num_tokens, num_logits, width)
+            reference = mixes_of(logits.double().flatten(0, 1))
+            for dtype_name, dtype in DTYPES.items():
+                mixes = mixes_of(logits.to(dtype).float().flatten(0, 1))
+                figures = measure(mixes.unflatten(0, logits.shape[:2]))
+                figures["difference"] = (mixes - reference).abs().max().item()
+                exact[f"{kind}, width {width:g}, {dtype_name}"] = figures
     return {"num_tokens": num_tokens, "num_sublayers": NUM_SUBLAYERS, "cases": cases, "exact": exact}
 
 
@@ -97,10 +108,6 @@ def measure(mixes_LTNN: Tensor) -> dict[str, float]:
         "column_residual": residual.columns,
         "gain": max(gain.forward, gain.backward),
     }
-
-
-def _exact(mixes: Tensor) -> dict[str, float]:
-    return measure(mixes.unflatten(0, (NUM_SUBLAYERS, -1)))
 
 
 if __name__ == "__main__":
