@@ -66,7 +66,7 @@ def choose(request: str, run_folder: Path, group: dist.ProcessGroup) -> Chosen |
 def load(chosen: Chosen, state: RankState, group: dist.ProcessGroup) -> None:
     """Take this rank's part of a verified checkpoint. Collective. Raises CheckpointError on all ranks."""
     topology, progress = chosen.manifest.topology, chosen.manifest.progress
-    fragments = state.to_load(topology.pipeline * topology.data)
+    fragments = state.to_load(chosen.index.tensors, topology.pipeline * topology.data)
     try:
         load_fragments(
             fragments,

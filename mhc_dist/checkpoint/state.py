@@ -8,7 +8,7 @@ place, and saving reads them or, when training is to go on meanwhile, a copy in 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Container, Iterator
 from dataclasses import dataclass, replace
 
 import torch
@@ -55,34 +55,41 @@ class RankState:
 
     def to_save(self) -> Fragments:
         """What this rank writes. Masters and moments are the optimizer's own tensors, not copies."""
+        self._finish_device_work()
         return self._partitioned(self._engine.partitions()) | self._small_to_save()
 
     def staged(self) -> Fragments:
         """A copy of `to_save` in host memory, which training cannot change.
 
-        The memory is kept and used again: three fp32 numbers for each parameter this rank owns.
+        The memory is kept and used again: three fp32 numbers for each parameter this rank owns. Nothing in
+        it is on a GPU, so that the thread that writes it needs no device and waits for no stream.
         """
         partitions = self._engine.partitions()
         if self._staged is None:
             self._staged = [_host_copy(partition) for partition in partitions]
+        self._finish_device_work()
         for copy, partition in zip(self._staged, partitions, strict=True):
             for there, here in zip(_tensors(copy), _tensors(partition), strict=True):
+                # Page-locked memory: the copies queue up behind each other, and are waited for once.
                 there.copy_(here, non_blocking=True)
-        if self._device.type == "cuda":
-            torch.cuda.synchronize(self._device)
+        self._finish_device_work()
         return self._partitioned(self._staged) | self._small_to_save()
 
-    def to_load(self, num_saved_ranks: int) -> Fragments:
+    def to_load(self, saved: Container[str], num_saved_ranks: int) -> Fragments:
         """Where a load puts what this rank needs. Afterwards call `loaded`.
 
-        A run on more ranks than the saved one takes its generators round robin.
+        A run on more ranks than the saved one takes its generators round robin; a GPU's generator, which no
+        run on CPUs has saved, stays as it is.
+
+        saved: the keys of the checkpoint.
         """
         wanted = self._partitioned(self._engine.partitions())
         for name, router in self._stage.routers():
             wanted[Section.BUFFER.key(f"{name}.bias_E")] = _whole(router.bias_E)
         for name, state in _generators(self._device).items():
             key = Section.RANDOM.key(f"{name}.rank_{self._topology.rank % num_saved_ranks:05d}")
-            wanted[key] = _whole(state)
+            if name == "cpu" or key in saved:
+                wanted[key] = _whole(state)
         return wanted
 
     def loaded(self, fragments: Fragments, num_steps: int, num_updates: int) -> None:
@@ -112,14 +119,20 @@ class RankState:
         return found
 
     def _small_to_save(self) -> Fragments:
-        """Router biases, equal on all data ranks and written by the first; this rank's generators. Copies."""
+        """Router biases, equal on all data ranks and written by the first; this rank's generators. Copies in
+        host memory."""
         small: Fragments = {}
         if self._topology.data_rank == 0:
             for name, router in self._stage.routers():
-                small[Section.BUFFER.key(f"{name}.bias_E")] = _whole(router.bias_E.clone())
+                small[Section.BUFFER.key(f"{name}.bias_E")] = _whole(router.bias_E.to("cpu", copy=True))
         for name, state in _generators(self._device).items():
             small[Section.RANDOM.key(f"{name}.rank_{self._topology.rank:05d}")] = _whole(state)
         return small
+
+    def _finish_device_work(self) -> None:
+        """Wait for what any stream of the GPU still does to the state: an optimizer step, or our copy."""
+        if self._device.type == "cuda":
+            torch.cuda.synchronize(self._device)
 
 
 def _by_logical_name(fragment: FlatFragment, experts: dict[str, int]) -> Iterator[tuple[str, FlatFragment]]:
