@@ -74,15 +74,21 @@ def place_best(
     chunks: tuple[ChunkShape, ...],
     costs: CostTable,
     placement: Placement | None = None,
-) -> Program:
-    """As `place`, and once more without a margin for slower links: that one, if the margin costs too much."""
+) -> tuple[Program, Simulation]:
+    """As `place_and_simulate`, and once more without a margin for slower links where that may pay.
+
+    For runs, which then never get a slower program than the planner found for them; the planner itself saves
+    the time. A margin that leaves no rank waiting for exchanges has cost nothing: no second attempt.
+    """
     placement = placement or Placement()
-    program, simulation = place_and_simulate(schedule, chunks, costs, placement)
-    if placement.wire_margin == 1.0:
-        return program
-    bold, bold_simulation = place_and_simulate(schedule, chunks, costs, replace(placement, wire_margin=1.0))
-    allowed = _fits(bold_simulation, placement) or not _fits(simulation, placement)
-    return bold if allowed and bold_simulation.makespan * (1 + CAUTION) < simulation.makespan else program
+    cautious = place_and_simulate(schedule, chunks, costs, placement)
+    simulation = cautious[1]
+    waiting = max(rank.blocked(ActionKind.WAIT) for rank in simulation.ranks)
+    if placement.wire_margin == 1.0 or waiting <= CAUTION * simulation.makespan:
+        return cautious
+    bold = place_and_simulate(schedule, chunks, costs, replace(placement, wire_margin=1.0))
+    allowed = _fits(bold[1], placement) or not _fits(simulation, placement)
+    return bold if allowed and bold[1].makespan * (1 + CAUTION) < simulation.makespan else cautious
 
 
 def place_and_simulate(

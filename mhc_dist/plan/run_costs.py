@@ -42,11 +42,13 @@ def placed_program(
 ) -> Program:
     """The run's own program, its phases placed by `costs` (by default the predicted ones), and validated.
 
-    Deterministic: every process that calls it with the same arguments gets the same program.
+    By default placement may use as much memory as the planner allows it on this machine. Deterministic: every
+    process that calls it with the same arguments gets the same program.
     """
+    placement = placement or Placement(memory_budget=machine.memory_budget)
     schedule = schedule_of(config)
     shapes = own_shapes(config)
-    program = place_best(schedule, shapes.chunks, costs or run_costs(config, machine), placement)
+    program, _ = place_best(schedule, shapes.chunks, costs or run_costs(config, machine), placement)
     validate(program)
     return program
 
