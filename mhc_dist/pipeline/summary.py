@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from bisect import bisect_right
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 from mhc_dist.pipeline.action import ActionKind
-from mhc_dist.pipeline.simulate import RankTimeline, Simulation
+from mhc_dist.pipeline.simulate import RankTimeline
 
 COMPUTE = (
     ActionKind.COMPUTE,
@@ -14,6 +16,16 @@ COMPUTE = (
     ActionKind.WEIGHT,
     ActionKind.RECOMPUTE,
 )
+
+
+class Timelines(Protocol):
+    """A simulated step, or a part of one. makespan: its seconds, of all ranks alike."""
+
+    @property
+    def ranks(self) -> Sequence[RankTimeline]: ...
+
+    @property
+    def makespan(self) -> float: ...
 
 
 @dataclass(frozen=True)
@@ -37,7 +49,7 @@ class Summary:
     peak_bytes: tuple[int, ...]
 
 
-def summarize(simulation: Simulation) -> Summary:
+def summarize(simulation: Timelines) -> Summary:
     """Figures over all ranks of `simulation`."""
     ranks = simulation.ranks
     step = simulation.makespan

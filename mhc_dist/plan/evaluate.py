@@ -12,10 +12,11 @@ from mhc_dist.pipeline.lower import lower
 from mhc_dist.pipeline.place import Placement, place_and_simulate
 from mhc_dist.pipeline.schedules.coarse import CoarseSchedule
 from mhc_dist.pipeline.simulate import Simulation
-from mhc_dist.pipeline.summary import Summary, summarize
+from mhc_dist.pipeline.summary import Summary
 from mhc_dist.plan.charge import Charge
 from mhc_dist.plan.costs import CostModel
 from mhc_dist.plan.layout import Layout, cached_schedule, model_ranks, planned_shapes, sized
+from mhc_dist.plan.long_steps import short_count, stretched
 from mhc_dist.plan.machine import Machine
 from mhc_dist.plan.static_memory import StaticBytes, static_by_rank
 
@@ -103,10 +104,12 @@ def evaluate(
     *,
     overlap: bool = True,
 ) -> Evaluation:
-    """Figures of one step of `layout`."""
-    planned = build(config, machine, layout, charge, overlap=overlap)
+    """Figures of one step of `layout`; of very many microbatches, only as many are simulated as it takes."""
+    num_simulated = short_count(layout.schedule, layout.pipeline, layout.num_microbatches)
+    simulated = replace(layout, num_microbatches=num_simulated)
+    planned = build(config, machine, simulated, charge, overlap=overlap)
     config = sized(config, layout)
-    summary = summarize(planned.simulation)
+    summary = stretched(planned.simulation, layout.pipeline, num_simulated, layout.num_microbatches)
     tokens = (
         layout.data
         * layout.num_microbatches

@@ -58,11 +58,19 @@ class Search:
 
 
 class NothingFitsError(ValueError):
-    """No layout fits: says by how much, and the nearest that would."""
+    """No layout fits: says by how much, and the nearest that would. smallest: what needs least memory."""
+
+    def __init__(self, message: str, smallest: Estimate) -> None:
+        super().__init__(message)
+        self.smallest = smallest
 
 
-def possible_layouts(config: RunConfig, num_devices: int, schedules: tuple[str, ...]) -> Iterator[Layout]:
-    """All layouts of `num_devices` that keep the global batch and that schedules and experts allow."""
+def possible_layouts(
+    config: RunConfig, num_devices: int, schedules: tuple[str, ...], *, recompute: bool = True
+) -> Iterator[Layout]:
+    """All layouts of `num_devices` that keep the global batch and that schedules and experts allow; without
+    `recompute` only those that keep everything.
+    """
     batch = config.sequences_per_step
     for pipeline in divisors(num_devices):
         data = num_devices // pipeline
@@ -82,6 +90,8 @@ def possible_layouts(config: RunConfig, num_devices: int, schedules: tuple[str, 
                     if config.model.num_experts % expert == 0:
                         plain = Layout(name, pipeline, expert, data, num_microbatches, sequences=sequences)
                         yield plain
+                        if not recompute:
+                            continue
                         yield replace(plain, recompute_everything=True)
                         for block in recompute_blocks(config, num_chunks):
                             yield replace(plain, recompute_block=block)
@@ -112,9 +122,11 @@ def search(
     machine: Machine,
     num_devices: int,
     schedules: tuple[str, ...] = PLANNED_SCHEDULES,
+    *,
+    recompute: bool = True,
 ) -> Search:
     """The fastest layouts that fit. ValueError if none is possible, NothingFitsError if none fits."""
-    estimates = estimate_all(config, machine, num_devices, schedules)
+    estimates = estimate_all(config, machine, num_devices, schedules, recompute=recompute)
     if not estimates:
         raise ValueError(impossible(config, num_devices))
     budget = machine.memory_budget
@@ -123,7 +135,8 @@ def search(
     candidates = parallel_map(partial(first_that_fits, config, machine), promising(fitting))
     evaluations = [found for found in candidates if found is not None]
     if not evaluations:
-        raise NothingFitsError(nothing_fits(config, machine, num_devices, estimates, schedules))
+        smallest = min(estimates, key=lambda e: (e.peak_bytes, e.seconds))
+        raise NothingFitsError(nothing_fits(config, machine, num_devices, smallest, schedules), smallest)
     best = sorted(evaluations, key=merit)
     recut = sorted(parallel_map(partial(best_balance, config, machine), best[:NUM_RECUT]), key=merit)
     recut[0] = best_shifts(config, machine, recut[0], NUM_SHIFTS)
@@ -157,14 +170,19 @@ def first_that_fits(config: RunConfig, machine: Machine, group: list[Estimate]) 
 
 
 def estimate_all(
-    config: RunConfig, machine: Machine, num_devices: int, schedules: tuple[str, ...]
+    config: RunConfig,
+    machine: Machine,
+    num_devices: int,
+    schedules: tuple[str, ...],
+    *,
+    recompute: bool = True,
 ) -> list[Estimate]:
     """Estimates of all possible layouts."""
     model = CostModel(config, machine)
     models: dict[int | None, CostModel] = {}
     known: dict[tuple[object, ...], CostTable] = {}
     estimates = []
-    for layout in possible_layouts(config, num_devices, schedules):
+    for layout in possible_layouts(config, num_devices, schedules, recompute=recompute):
         if layout.sequences not in models:
             models[layout.sequences] = CostModel(sized(config, layout), machine)
         model = models[layout.sequences]
@@ -237,12 +255,11 @@ def nothing_fits(
     config: RunConfig,
     machine: Machine,
     num_devices: int,
-    estimates: list[Estimate],
+    smallest: Estimate,
     schedules: tuple[str, ...],
 ) -> str:
     """By how much the smallest layout misses, and the smallest number of devices whose layouts fit."""
     budget = machine.memory_budget
-    smallest = min(estimates, key=lambda e: (e.peak_bytes, e.seconds))
     text = (
         f"no layout of {num_devices} devices fits: the smallest, {smallest.layout}, needs"
         f" {smallest.peak_bytes / 1e9:.1f} GB of the {budget / 1e9:.1f} GB usable on one"

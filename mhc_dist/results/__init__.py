@@ -1,0 +1,1 @@
+"""Figures that benches and studies left in results/, as one page with pictures."""
