@@ -14,9 +14,18 @@ NOISE_DEVIATIONS = 2.0
 
 
 def summarize(parts: Parts) -> dict[str, Any]:
-    """Losses and gains by variant, and the claims that can be checked from them."""
+    """Losses and gains by variant, the claims that can be checked from them, what the parts cost together.
+
+    commits: at which the parts were run, as a part is kept as long as its configuration stays.
+    """
     variants = {name: _variant(results) for name, results in parts.items()}
-    return {"variants": variants, "claims": _claims(parts, variants)}
+    everything = [result for results in parts.values() for result in results]
+    return {
+        "variants": variants,
+        "claims": _claims(parts, variants),
+        "cpu_seconds": sum(result["cpu_seconds"] for result in everything),
+        "commits": sorted({result["commit"] for result in everything}),
+    }
 
 
 def _variant(results: Sequence[dict[str, Any]]) -> dict[str, Any]:
@@ -27,6 +36,7 @@ def _variant(results: Sequence[dict[str, Any]]) -> dict[str, Any]:
         "validation_loss_deviation": statistics.stdev(validation) if len(validation) > 1 else None,
         "largest_grad_norm": max(record["grad_norm"] for r in results for record in r["records"]),
         "seconds": statistics.mean(result["seconds"] for result in results),
+        "cpu_seconds": statistics.mean(result["cpu_seconds"] for result in results),
     }
     measured = [record for r in results for record in r["records"] if "forward_gain" in record]
     for key in ("forward_gain", "backward_gain", "single_forward_gain", "single_backward_gain"):

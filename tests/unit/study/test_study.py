@@ -3,15 +3,24 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
+from concurrent.futures import Future
+from functools import reduce
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
+import numpy as np
 import pytest
 import torch
+from mhc_kernels.seam import make_backend
 
 from mhc_dist.config import load_config
+from mhc_dist.model.hyper_connection import HyperConnection
+from mhc_dist.model.initialize import initialize
+from mhc_dist.model.language_model import LanguageModel
 from mhc_dist.study import sinkhorn as sinkhorn_study
 from mhc_dist.study import stability
+from mhc_dist.study.instruments import gains_of, gains_over_depth, probe_by_layer
 from mhc_dist.study.part import PartPlan, run_part
 from mhc_dist.study.summary import summarize
 from mhc_dist.study.variants import VARIANTS, variant_config
@@ -40,7 +49,15 @@ def result(variant: str, loss: float, gain: float, seed: int = 0) -> dict[str, A
         "row_residual": 0.0,
         "column_residual": 1e-4,
     }
-    return {"variant": variant, "seed": seed, "records": [record], "validation_loss": loss, "seconds": 1.0}
+    return {
+        "variant": variant,
+        "seed": seed,
+        "commit": "abc",
+        "records": [record],
+        "validation_loss": loss,
+        "seconds": 1.0,
+        "cpu_seconds": 0.5,
+    }
 
 
 def test_claims() -> None:
@@ -59,10 +76,69 @@ def test_claims() -> None:
     assert loss["difference"] == pytest.approx(0.0)
     assert loss["noise"] == pytest.approx(0.2)
     assert summary["variants"]["hc"]["last_forward_gain"] == 21.0
+    assert (summary["cpu_seconds"], summary["commits"]) == (3.0, ["abc"])
     worse = summarize({**parts, "mhc": [result("mhc", loss, 1.0) for loss in (2.4, 2.4)]})["claims"]
     assert worse["mhc_loss_not_above_residual"]["holds"] is False
     one_seed = summarize({name: results[:1] for name, results in parts.items()})["claims"]
     assert one_seed["mhc_loss_not_above_residual"]["holds"] is None
+
+
+def test_claims_that_fail_say_so() -> None:
+    """Oracle: by hand. Backward gains count as well; a limit itself is kept, what is above it is not."""
+    parts = {
+        "residual": [result("residual", loss, 1.0) for loss in (2.00, 2.02)],
+        "hc": [result("hc", 2.5, 12.0), result("hc", 2.5, 15.0)],
+        "mhc": [result("mhc", 2.2, 1.0), result("mhc", 2.24, 1.0)],
+        "mhc_zero_bias": [result("mhc_zero_bias", loss, 1.0) for loss in (2.3, 2.31)],
+    }
+    parts["mhc"][1]["records"][0]["backward_gain"] = 2.5
+    claims = summarize(parts)["claims"]
+    assert claims["mhc_gain_at_most_2"] == {"holds": False, "largest_gain": 2.5}
+    assert claims["hc_gain_above_10_times_mhc"] == {"holds": False, "ratio": 6.0}
+    loss = claims["mhc_loss_not_above_residual"]
+    # Variances 2e-4 and 8e-4 of two seeds each: a standard error of sqrt(5e-4).
+    assert (loss["holds"], loss["difference"]) == (False, pytest.approx(0.21))
+    assert loss["noise"] == pytest.approx(2 * 5e-4**0.5)
+    assert claims["identity_leaning_not_above_zero_bias"]["holds"] is True
+    parts["mhc"][1]["records"][0]["backward_gain"] = 2.0
+    assert summarize(parts)["claims"]["mhc_gain_at_most_2"]["holds"] is True
+    parts["mhc"], parts["mhc_zero_bias"] = parts["mhc_zero_bias"], parts["mhc"]
+    assert summarize(parts)["claims"]["identity_leaning_not_above_zero_bias"]["holds"] is False
+    assert summarize({"mhc": parts["mhc"]})["claims"].keys() == {"mhc_gain_at_most_2"}
+
+
+def test_gains_are_those_of_the_product_of_all_mixes() -> None:
+    """Oracle: numpy's product, last sublayer leftmost, of matrices put into the model by hand, with signs."""
+    config = variant_config(load_config(CONFIG, SHORT), "hc", 0)
+    model = LanguageModel(config, make_backend("cpu"))
+    initialize(model, config)
+    mixes = np.random.default_rng(0).normal(size=(6, 4, 4))
+    connections = [
+        connection
+        for layer in model.layers
+        for connection in (layer.attention_connection, layer.feed_forward_connection)
+    ]
+    with torch.no_grad():
+        for connection, mix in zip(connections, mixes, strict=True):
+            assert isinstance(connection, HyperConnection)
+            connection.alpha_3.zero_()
+            connection.bias_M[8:] = torch.from_numpy(mix).flatten()
+        probe = probe_by_layer(model, 1)
+        probe.arm(1)
+        model.streams(torch.arange(64).view(2, 32))
+    figures = probe.take()
+    assert figures is not None
+    products = [reduce(lambda product, mix: mix @ product, mixes[: 2 * depth]) for depth in (1, 2, 3)]
+    forward = [np.abs(product.sum(1)).max() for product in products]
+    backward = [np.abs(product.sum(0)).max() for product in products]
+    gains = gains_of(figures)
+    assert gains["forward_gain"] == pytest.approx(forward[-1], rel=1e-5)
+    assert gains["backward_gain"] == pytest.approx(backward[-1], rel=1e-5)
+    assert gains["single_forward_gain"] == pytest.approx(np.abs(mixes.sum(2)).max(), rel=1e-5)
+    assert gains["single_backward_gain"] == pytest.approx(np.abs(mixes.sum(1)).max(), rel=1e-5)
+    depth = gains_over_depth(figures)
+    assert depth["forward"] == pytest.approx(forward, rel=1e-5)
+    assert depth["backward"] == pytest.approx(backward, rel=1e-5)
 
 
 @pytest.mark.parametrize("variant", list(VARIANTS))
@@ -102,20 +178,61 @@ def test_a_part_is_run_once_and_again_when_the_run_changes(tmp_path: Path) -> No
     assert len(run_part(longer)["records"]) == 7
 
 
-def test_study_continues_where_it_was(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """Oracle: the parts' files and what is printed; the second time nothing is trained."""
+class PoolOfThisProcess:
+    """Runs parts where the test is, and notes them; a machine that goes down before part `stop`."""
+
+    ran: ClassVar[list[str]] = []
+    stop: ClassVar[int] = 10
+
+    def __init__(self, *_: object, **__: object) -> None:
+        pass
+
+    def __enter__(self) -> PoolOfThisProcess:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        pass
+
+    def submit(self, run: Callable[[PartPlan], dict[str, Any]], plan: PartPlan) -> Future[dict[str, Any]]:
+        if len(self.ran) == self.stop:
+            raise KeyboardInterrupt
+        self.ran.append(plan.path.name)
+        future: Future[dict[str, Any]] = Future()
+        future.set_result(run(plan))
+        return future
+
+
+def test_study_continues_where_it_was(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Oracle: which parts are trained after an interruption with a damaged file, and when all are there."""
     settings = [part for value in SHORT for part in ("--set", value)]
-    folders = ["--parts", str(tmp_path / "parts"), "--results", str(tmp_path / "results")]
+    parts = tmp_path / "parts"
+    folders = ["--parts", str(parts), "--results", str(tmp_path / "results")]
     arguments = ["--config", str(CONFIG), *settings, "--variants", "hc", "mhc", "--options", *folders]
-    run_part(PartPlan(CONFIG, SHORT, "hc", 0, tmp_path / "parts"))
-    run_part(PartPlan(CONFIG, SHORT, "mhc", 0, tmp_path / "parts"))
-    assert stability.main([*arguments, "--seeds", "1", "--workers", "1"]) == 0
+    monkeypatch.setattr(stability, "ProcessPoolExecutor", PoolOfThisProcess)
+    ran: list[str] = []
+    monkeypatch.setattr(PoolOfThisProcess, "ran", ran)
+    monkeypatch.setattr(PoolOfThisProcess, "stop", 1)
+    with pytest.raises(KeyboardInterrupt):
+        stability.main([*arguments, "--seeds", "1"])
+    assert ran == ["hc_seed0.json"]
+
+    monkeypatch.setattr(PoolOfThisProcess, "stop", 10)
+    parts.joinpath("mhc_seed0.json").write_text(parts.joinpath("hc_seed0.json").read_text()[:-100])
+    assert stability.main([*arguments, "--seeds", "1"]) == 0
+    assert ran == ["hc_seed0.json", "mhc_seed0.json"]
+    capsys.readouterr()
+
+    monkeypatch.setattr(PoolOfThisProcess, "stop", 0)
+    assert stability.main([*arguments, "--seeds", "1"]) == 0
     said = capsys.readouterr().out.splitlines()
     assert said[0] == "2 of 2 parts are there already"
     claims = json.loads(said[-1])
     assert claims["hc_gain_above_10_times_mhc"]["ratio"] > 0
     document = json.loads((tmp_path / "results" / "study_stability.json").read_text())
     assert document["figures"]["claims"] == claims
+    assert document["figures"]["cpu_seconds"] > 0
     assert document["label"].startswith("measured")
     assert (tmp_path / "results" / "study_stability.png").stat().st_size > 10_000
     assert stability.main([*arguments, "--seeds", "0"]) == 2
@@ -123,17 +240,22 @@ def test_study_continues_where_it_was(tmp_path: Path, capsys: pytest.CaptureFixt
 
 
 def test_sinkhorn_study(tmp_path: Path) -> None:
-    """Oracle: what iterations are for: column residuals fall; exact mixes need none."""
-    figures = sinkhorn_study.run(num_tokens=8)
-    for case in figures["cases"].values():
+    """Oracle: what iterations are for: column residuals fall; exact mixes need none; bf16 has 8 bits."""
+    assert sinkhorn_study.main(["--tokens", "4", "--results", str(tmp_path)]) == 0
+    assert (tmp_path / "study_sinkhorn.png").stat().st_size > 10_000
+    figures = json.loads((tmp_path / "study_sinkhorn.json").read_text())["figures"]
+    assert len(figures["cases"]) == 3 * 2 * 2
+    for name, case in figures["cases"].items():
+        assert case["iterations"][0] == 1
+        assert case["iterations"][-1] == 40
         assert case["column_residual"][0] > case["column_residual"][-1]
         assert max(case["row_residual"][1:]) < 1e-5  # rows are scaled last
-    for exact in figures["exact"].values():
+        assert (max(case["difference"]) < 1e-6) == ("fp32, paper" in name)
+    for name, exact in figures["exact"].items():
         assert max(exact["row_residual"], exact["column_residual"]) < 1e-6
         assert exact["gain"] == pytest.approx(1.0, abs=1e-5)
+        assert (exact["difference"] < 1e-6) == name.endswith("fp32")
     torch.testing.assert_close(
         sinkhorn_study.random_logits(2, 4, 3.0), 3 * sinkhorn_study.random_logits(2, 4, 1.0)
     )
-    assert sinkhorn_study.main(["--tokens", "4", "--results", str(tmp_path)]) == 0
-    assert (tmp_path / "study_sinkhorn.png").exists()
     assert sinkhorn_study.main(["--tokens", "0"]) == 2
