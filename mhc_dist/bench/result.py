@@ -13,6 +13,9 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+SCHEMA = 1
+"""Version of the file's form, for those who read it (`mhc_dist/results`). Another form is another number."""
+
 
 def shown_command(name: str, arguments: Sequence[str] | None) -> str:
     """The command that measures, as typed; `arguments` None means those of this process."""
@@ -38,7 +41,13 @@ def write_result(name: str, folder: Path, command: str, label: str, figures: dic
     """Write folder/NAME.json. `label`: measured, derived, simulated or emulated link, and what is meant."""
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"{name}.json"
-    document = {"command": command, "label": label, "conditions": conditions(), "figures": figures}
+    document = {
+        "schema": SCHEMA,
+        "command": command,
+        "label": label,
+        "conditions": conditions(),
+        "figures": figures,
+    }
     path.write_text(json.dumps(document, indent=2) + "\n")
     return path
 
