@@ -9,6 +9,9 @@ from mhc_dist.model.hyper_connection import TapeHolder, attach_holder
 from mhc_dist.model.language_model import LanguageModel
 from mhc_dist.observe.stability import StabilityProbe, StageFigures, amax_gain
 
+GAINS = ("forward_gain", "backward_gain", "single_forward_gain", "single_backward_gain")
+"""What a record of a measured step tells: of the whole model, and the largest of a sublayer."""
+
 
 def probe_by_layer(model: LanguageModel, every: int) -> StabilityProbe:
     """Every layer is a chunk of its own to the probe, so that gains over depth can be told."""

@@ -14,36 +14,73 @@ SMALLEST_SHOWN = 1e-9
 STYLES = {"fp32, paper": "-", "fp32, deepseek_v4": "--", "bf16, paper": ":", "bf16, deepseek_v4": "-."}
 EXACT_STYLES = {"fp32": "-", "bf16": ":"}
 
+OVER_STEPS = ("grad_norm", "forward_gain", "backward_gain", "single_forward_gain", "single_backward_gain")
+SMOOTHED = 12
+"""Points of the loss curve, each of them every third step of 300."""
+
 Curves = Mapping[str, Sequence[dict[str, Any]]]
 
 
 def plot_stability(curves: Curves, path: Path) -> Path:
-    """Loss, gradient norm, composite gain over steps and over depth; a line a seed, a colour a variant."""
-    figure = Figure(figsize=(11, 8), layout="constrained")
-    axes = figure.subplots(2, 3).ravel()
+    """Losses, gradient norm, gains over steps and over depth; a line a seed, a colour a variant."""
+    figure = Figure(figsize=(14, 11), layout="constrained")
+    grid = figure.subplots(3, 3)
+    colours = {name: f"C{index}" for index, name in enumerate(curves)}
+    _validation(grid[0, 0], curves, colours)
+    _difference(grid[0, 1], curves, colours)
     panels = (
-        ("loss", "Training loss, nats per token", False),
-        ("grad_norm", "Gradient norm", True),
-        ("forward_gain", "Composite Amax gain, forward", True),
-        ("backward_gain", "Composite Amax gain, backward", True),
+        (grid[0, 2], "grad_norm", "Gradient norm before clipping"),
+        (grid[1, 0], "forward_gain", "Composite Amax gain, forward"),
+        (grid[1, 1], "backward_gain", "Composite Amax gain, backward"),
+        (grid[1, 2], "depth_forward", "Gain of the first layers at the end, forward"),
+        (grid[2, 0], "single_forward_gain", "Largest gain of one sublayer, forward"),
+        (grid[2, 1], "single_backward_gain", "Largest gain of one sublayer, backward"),
+        (grid[2, 2], "depth_backward", "Gain of the first layers at the end, backward"),
     )
-    for axis, (key, title, is_log) in zip(axes, panels, strict=False):
-        for colour, (name, parts) in enumerate(curves.items()):
-            for index, part in enumerate(parts):
-                if part[key]:
-                    steps, values = zip(*part[key], strict=True)
-                    _line(axis, steps, values, name, colour, index)
-        _finish(axis, title, "step", is_log=is_log)
-    for axis, direction in zip(axes[4:], ("forward", "backward"), strict=True):
-        for colour, (name, parts) in enumerate(curves.items()):
-            for index, part in enumerate(parts):
-                gains = part[f"depth_{direction}"]
-                if gains:
-                    _line(axis, range(1, len(gains) + 1), gains, name, colour, index)
-        _finish(axis, f"Gain of the first layers at the end, {direction}", "layers", is_log=True)
-    axes[0].legend(fontsize=8)
-    figure.savefig(path, dpi=110)
+    for axis, key, title in panels:
+        for name, parts in curves.items():
+            for part in parts:
+                if not part[key]:
+                    continue  # one stream has no gain
+                points = part[key] if key in OVER_STEPS else list(enumerate(part[key], start=1))
+                axis.plot(*zip(*points, strict=True), color=colours[name], lw=1.1, alpha=0.8)
+        _finish(axis, title, "step" if key in OVER_STEPS else "layers", is_log=True)
+    lines = [Line2D([], [], color=colour, label=name) for name, colour in colours.items()]
+    figure.legend(handles=lines, loc="outside lower center", ncols=len(lines), fontsize=10)
+    figure.savefig(path, dpi=75)
     return path
+
+
+def _validation(axis: Axes, curves: Curves, colours: Mapping[str, str]) -> None:
+    """A dot a seed, a dash for their mean."""
+    for place, (name, parts) in enumerate(curves.items()):
+        losses = [part["validation_loss"] for part in parts]
+        axis.plot([place] * len(losses), losses, "o", color=colours[name], ms=5, alpha=0.7)
+        axis.plot(place, sum(losses) / len(losses), "_", color="black", ms=22)
+    _finish(axis, "Validation loss after the last step, nats per token", "", is_log=False)
+    axis.set_xticks(range(len(curves)), list(curves), rotation=30, ha="right", fontsize=9)
+
+
+def _difference(axis: Axes, curves: Curves, colours: Mapping[str, str]) -> None:
+    """From the plain residual with the same seed: what all see of the same text cancels."""
+    baselines = {part["seed"]: part for part in curves.get("residual", ())}
+    for name, parts in curves.items():
+        for part in parts:
+            baseline = baselines.get(part["seed"])
+            if baseline is not None and name != "residual":
+                steps = [step for step, _ in part["loss"]]
+                gap = [
+                    one - other for (_, one), (_, other) in zip(part["loss"], baseline["loss"], strict=True)
+                ]
+                axis.plot(steps, running_mean(gap, SMOOTHED), color=colours[name], lw=1.1, alpha=0.8)
+    axis.axhline(0.0, color="black", lw=0.8)
+    _finish(axis, "Training loss minus the plain residual's, smoothed", "step", is_log=False)
+
+
+def running_mean(values: Sequence[float], width: int) -> list[float]:
+    """Of the last `width` values, or as many as there are."""
+    windows = [values[max(0, end - width) : end] for end in range(1, len(values) + 1)]
+    return [sum(window) / len(window) for window in windows]
 
 
 def plot_sinkhorn(figures: Mapping[str, Any], path: Path) -> Path:
@@ -79,12 +116,6 @@ def plot_sinkhorn(figures: Mapping[str, Any], path: Path) -> Path:
     figure.legend(handles=lines, loc="outside lower center", ncols=5, fontsize=9)
     figure.savefig(path, dpi=100)
     return path
-
-
-def _line(
-    axis: Axes, x: Sequence[float] | range, y: Sequence[float], name: str, colour: int, index: int
-) -> None:
-    axis.plot(x, y, color=f"C{colour}", lw=1.2, alpha=0.8, label=name if index == 0 else None)
 
 
 def _finish(axis: Axes, title: str, unit: str, *, is_log: bool) -> None:

@@ -18,6 +18,7 @@ from typing import Any
 from mhc_dist.bench.result import write_result
 from mhc_dist.config import load_config
 from mhc_dist.guard.exit_codes import ExitCode
+from mhc_dist.study.instruments import GAINS
 from mhc_dist.study.part import PartPlan, run_part
 from mhc_dist.study.plots import plot_stability
 from mhc_dist.study.summary import summarize
@@ -102,12 +103,12 @@ def _curve(result: dict[str, Any]) -> dict[str, Any]:
     """What a picture needs of a part."""
     measured = [record for record in result["records"] if "forward_gain" in record]
     every = max(1, len(result["records"]) // 100)
+    thinned = result["records"][::every]
     return {
         "seed": result["seed"],
-        "loss": [[r["step"], round(r["loss"], 5)] for r in result["records"][::every]],
-        "grad_norm": [[r["step"], round(r["grad_norm"], 5)] for r in result["records"][::every]],
-        "forward_gain": [[r["step"], r["forward_gain"]] for r in measured],
-        "backward_gain": [[r["step"], r["backward_gain"]] for r in measured],
+        "validation_loss": result["validation_loss"],
+        **{key: [[r["step"], round(r[key], 5)] for r in thinned] for key in ("loss", "grad_norm")},
+        **{key: [[r["step"], round(r[key], 6)] for r in measured] for key in GAINS},
         "depth_forward": result["depth"].get("forward", []),
         "depth_backward": result["depth"].get("backward", []),
     }
