@@ -251,7 +251,8 @@ def test_a_margin_is_given_up_where_it_costs() -> None:
             place(schedule, chunks, costs),
             place(schedule, chunks, costs, Placement(wire_margin=1)),
         )
-        best = place_best(schedule, chunks, costs)
+        best, simulation = place_best(schedule, chunks, costs)
+        assert simulation.makespan == seconds(best)
         assert best.digest() in (cautious.digest(), bold.digest())
         assert seconds(best) <= (1 + CAUTION) * min(seconds(cautious), seconds(bold))
         given_up += seconds(best) < seconds(cautious)
