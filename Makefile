@@ -7,7 +7,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check -q
 JOBS ?= 2
 APT := DEBIAN_FRONTEND=noninteractive apt-get -o DPkg::Lock::Timeout=300
 
-.PHONY: setup tools train test test-long test-cluster gpu-check check format clean
+.PHONY: setup tools train test test-long test-cluster gpu-check results results-rerun check format clean
 
 setup: $(STAMP)
 
@@ -50,6 +50,14 @@ test-cluster: setup
 
 gpu-check: setup
 	$(BIN)/python -m mhc_kernels.gpu_check
+
+# RESULTS.md and its pictures, from the files in results/: seconds. results-rerun measures all of them: hours.
+results: setup
+	$(BIN)/mhc-dist results page
+
+results-rerun: setup
+	$(BIN)/mhc-dist results rerun
+	$(BIN)/mhc-dist results page
 
 check: setup
 	$(BIN)/ruff check .

@@ -21,6 +21,7 @@ from mhc_launcher.commands_cluster import k8s_app, preflight_command, slurm_app
 from mhc_launcher.commands_data import data_app
 from mhc_launcher.commands_export import PASS_ON, export_command, generate_command
 from mhc_launcher.commands_observe import compare_command, report_command, top_command
+from mhc_launcher.commands_results import results_app
 from mhc_launcher.commands_schedule import plan_command, schedule_command
 from mhc_launcher.commands_study import study_app
 from mhc_launcher.run_folder import finished
@@ -37,6 +38,7 @@ app.add_typer(bench_app, name="bench")
 app.add_typer(k8s_app, name="k8s")
 app.add_typer(slurm_app, name="slurm")
 app.add_typer(study_app, name="study")
+app.add_typer(results_app, name="results")
 
 ConfigPath = Annotated[
     Path, typer.Argument(metavar="CONFIG", help="A run's YAML file; examples are in configs/.")
