@@ -5,15 +5,20 @@ from __future__ import annotations
 import os
 import platform
 import socket
-from collections.abc import Mapping
+import time
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from importlib import metadata
 from typing import Literal
 
 import torch
+from torch._C._distributed_c10d import Store
 
 from mhc_dist.parallel.process_groups import RankPlace, init_distributed, open_store
-from mhc_dist.parallel.roll_call import Entry, Roll, roll_call
+from mhc_dist.parallel.roll_call import Entry, Roll, RollCallError, UnderWayError, roll_call
+
+LOOK_SECONDS = 0.5
+"""Between looks whether an old run's store is still there."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,9 +61,8 @@ def join_run(
 
     Raises ValueError when the run cannot start: the same sentence on every rank that came.
     """
-    store = open_store(place, join_seconds)
     own = Entry(place.rank, place.world_size, node, socket.gethostname(), os.getpid(), dict(facts))
-    roll = roll_call(store, own, join_seconds)
+    store, roll = meet(lambda seconds: open_store(place, seconds), own, join_seconds)
     counted = Place(
         place.rank,
         place.world_size,
@@ -68,6 +72,42 @@ def join_run(
         place.master_port,
     )
     return Joined(counted, init_distributed(counted, backend, timeout_seconds, store), roll)
+
+
+def meet(open_next: Callable[[float], Store], own: Entry, join_seconds: float) -> tuple[Store, Roll]:
+    """The store on which all ranks have met, and who they are.
+
+    Where every node starts its processes by itself, one that crashed may be back before the others have
+    noticed: it finds the store of the old run, which ends soon, and waits for the next one.
+
+    Raises RollCallError when the ranks do not come or do not fit together, or when a run that has our rank
+    already is still there after `join_seconds`.
+    """
+    deadline = time.monotonic() + join_seconds
+    while True:
+        left = max(deadline - time.monotonic(), 1.0)
+        store = open_next(left)
+        try:
+            return store, roll_call(store, own, left)
+        except UnderWayError:
+            if not _goes_away(store, deadline):
+                raise RollCallError(
+                    f"{own} came to a run that has begun with another rank {own.rank} and is still there"
+                    f" after {join_seconds:g} s. Is this a second run on the same master port, or a node"
+                    " started twice? Give every run its own port, or end the first one.",
+                    author=True,
+                ) from None
+
+
+def _goes_away(store: Store, deadline: float) -> bool:
+    """Whether the process that hosts the store ends in time."""
+    while time.monotonic() < deadline:
+        try:
+            store.check(["roll_call/verdict"])
+        except (RuntimeError, OSError):  # what a store raises whose other end is gone
+            return True
+        time.sleep(LOOK_SECONDS)
+    return False
 
 
 def versions() -> dict[str, str]:

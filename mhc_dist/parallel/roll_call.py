@@ -85,11 +85,16 @@ class RollCallError(ValueError):
         self.author = author
 
 
+class UnderWayError(Exception):
+    """The roll of this store was called before this process came: it belongs to a run without us."""
+
+
 def roll_call(store: Store, own: Entry, timeout_seconds: float) -> Roll:
     """Wait until all ranks of the run have said who they are. Collective over the world.
 
     Raises RollCallError, with the same sentence on every rank that came, when ranks are missing after
-    `timeout_seconds`, two processes claim one rank, or facts differ.
+    `timeout_seconds`, two processes claim one rank, or facts differ; UnderWayError when this rank is there
+    already and the run has begun.
     """
     num_claims = store.add(f"roll_call/{own.rank}/claims", 1)
     if num_claims == 1:
@@ -104,6 +109,8 @@ def roll_call(store: Store, own: Entry, timeout_seconds: float) -> Roll:
         content = _verdict_of_rank_0(store, own, timeout_seconds)
     if content["problem"] is not None:
         raise RollCallError(content["problem"], author=own.rank == 0)
+    if num_claims > 1:
+        raise UnderWayError
     return Roll(tuple(Entry(**fields) for fields in content["entries"]))
 
 

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import datetime
+import time
 from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
 import pytest
 import torch.distributed as dist
 
+from mhc_dist.parallel import join
+from mhc_dist.parallel.join import meet
 from mhc_dist.parallel.roll_call import Entry, Roll, RollCallError, roll_call
 
 
@@ -67,3 +72,55 @@ def test_a_world_of_one_needs_nobody() -> None:
     (roll,) = call([entry(0, world_size=1)])
     assert isinstance(roll, Roll)
     assert (roll.local_rank(0), roll.local_world_size(0)) == (0, 1)
+
+
+def server(port: int = 0) -> dist.TCPStore:
+    """Rank 0's side of a run's store."""
+    seconds = datetime.timedelta(seconds=20)
+    return dist.TCPStore("127.0.0.1", port, None, is_master=True, timeout=seconds, wait_for_workers=False)
+
+
+def client(port: int, seconds: float = 20.0) -> dist.TCPStore:
+    limit = datetime.timedelta(seconds=seconds)
+    return dist.TCPStore("127.0.0.1", port, None, is_master=False, timeout=limit, wait_for_workers=False)
+
+
+def test_a_node_that_is_back_first_waits_for_the_next_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Oracle: real stores on one port, one after the other. The old run's has called its roll and goes away
+    while rank 1, started again, looks at it; on the next one rank 0 comes too."""
+    old = server()
+    port = old.port
+    with ThreadPoolExecutor(2) as pool:
+        stores = (old, client(port))
+        assert all(
+            pool.map(lambda own, store: roll_call(store, own, 5.0), (entry(0, 2), entry(1, 2)), stores)
+        )
+    del stores
+    next_runs: list[Any] = []
+    real = join._goes_away
+
+    def goes_away(store: Any, deadline: float) -> bool:
+        nonlocal old
+        assert store.check(["roll_call/verdict"]), "it has found the old run"
+        del old
+        gone = real(store, deadline)
+        next_runs.append(server(port))
+        return gone
+
+    monkeypatch.setattr(join, "_goes_away", goes_away)
+    with ThreadPoolExecutor(2) as pool:
+        late = pool.submit(meet, lambda seconds: client(port, seconds), entry(1, 2), 20.0)
+        while not next_runs:
+            assert not late.done(), late.result()
+            time.sleep(0.01)
+        first = pool.submit(roll_call, next_runs[0], entry(0, 2), 20.0)
+        assert late.result()[1] == first.result()
+
+
+def test_a_run_that_does_not_end_is_not_joined_late() -> None:
+    """Oracle: the words that say what may be wrong; the first run's ranks are not disturbed."""
+    store = dist.HashStore()
+    rolls = [roll_call(store, entry(0, world_size=1), 5.0)]
+    with pytest.raises(RollCallError, match=r"has begun with another rank 0.*own port, or end the first one"):
+        meet(lambda seconds: store, entry(0, world_size=1), join_seconds=0.2)
+    assert len(rolls[0].entries) == 1
