@@ -44,18 +44,44 @@ def committed(checkpoints: Path) -> dict[int, Path]:
 def find(path: Path) -> Path:
     """The checkpoint that `path` means: itself, or the newest one of a run's folder.
 
-    Raises CheckpointError when there is none.
+    Raises CheckpointError when there is none, with what is there instead.
     """
-    if path.name.endswith(UNCOMMITTED):
-        raise CheckpointError(f"{path} was never committed: a run died while it wrote it. Use another one.")
-    if (path / MANIFEST_FILE).is_file():
-        return path.resolve()
-    for checkpoints in (path / FOLDER, path):
-        if found := committed(checkpoints):
-            return found[max(found)].resolve()
-    raise CheckpointError(
-        f"{path} holds no committed checkpoint and is none. Name a run's folder or one of"
-        f" its {FOLDER}/step_* folders."
+    try:
+        if path.name.endswith(UNCOMMITTED):
+            raise CheckpointError(
+                f"{path} was never committed: a run died while it wrote it. Use another one."
+            )
+        if (path / MANIFEST_FILE).is_file():
+            return path.resolve()
+        for checkpoints in (path / FOLDER, path):
+            if found := committed(checkpoints):
+                return found[max(found)].resolve()
+        raise CheckpointError(_why_not(path))
+    except OSError as error:
+        raise CheckpointError(f"{error.filename or path} cannot be read: {error.strerror}.") from None
+
+
+def _why_not(path: Path) -> str:
+    """What is there instead of a checkpoint: nothing, a file, what never became one, something else."""
+    if not path.exists():
+        there = committed(path.parent)
+        if not there:
+            return f"{path} does not exist. Name a run's folder or one of its {FOLDER}/step_* folders."
+        return f"{path} does not exist; {path.parent} has the steps {', '.join(map(str, there))}."
+    if not path.is_dir():
+        return (
+            f"{path} is a file, and a checkpoint is a folder. Name a run's folder or one of its"
+            f" {FOLDER}/step_* folders."
+        )
+    left = sorted(entry.name for folder in (path / FOLDER, path) for entry in folder.glob("step_*"))
+    if left:
+        return (
+            f"{path} has no committed checkpoint: {', '.join(left)} never became one or was set aside. Name"
+            " another run."
+        )
+    return (
+        f"{path} holds no committed checkpoint and is none. Name a run's folder or one of its {FOLDER}/step_*"
+        " folders."
     )
 
 

@@ -15,6 +15,7 @@ from functools import cached_property
 from pathlib import Path
 
 import torch
+from pydantic import ValidationError
 from torch import Tensor
 
 from mhc_dist.checkpoint.folder import find
@@ -56,8 +57,18 @@ class Checkpoint:
 
     @cached_property
     def config(self) -> RunConfig:
-        """The configuration of the run that saved it."""
-        return RunConfig.model_validate(self.manifest.config)
+        """The configuration of the run that saved it. Raises CheckpointError where this version knows other
+        keys."""
+        try:
+            return RunConfig.model_validate(self.manifest.config)
+        except ValidationError as error:
+            first = error.errors()[0]
+            key = ".".join(str(part) for part in first["loc"])
+            version = self.manifest.versions.get("mhc-dist", "?")
+            raise CheckpointError(
+                f"{self.folder} was saved by mhc-dist {version}, whose configuration this version does not"
+                f" take: {key}: {first['msg']}. Use the version that saved it."
+            ) from None
 
     def names(self, section: Section = Section.WEIGHT) -> list[str]:
         """Names in the whole model of everything stored in `section`, sorted."""

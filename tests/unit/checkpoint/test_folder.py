@@ -55,8 +55,23 @@ def test_find(tmp_path: Path) -> None:
     assert names.find(checkpoints / "step_00000020") == checkpoints / "step_00000020"
     with pytest.raises(CheckpointError, match=r"step_00000120\.tmp was never committed"):
         names.find(checkpoints / "step_00000120.tmp")
-    with pytest.raises(CheckpointError, match="holds no committed checkpoint"):
-        names.find(tmp_path)
+
+
+def test_what_is_no_checkpoint_is_told_with_what_is_there(tmp_path: Path) -> None:
+    """Oracle: what this test has put there."""
+    checkpoints = tmp_path / "run" / names.FOLDER
+    make(checkpoints, "step_00000020", "step_00000100")
+    make(tmp_path / "dead" / names.FOLDER, "step_00000003.tmp", "step_00000002.damaged")
+    (tmp_path / "notes.md").touch()
+    for path, words in {
+        tmp_path: "holds no committed checkpoint and is none",
+        tmp_path / "rum": "rum does not exist. Name a run's folder",
+        checkpoints / "step_00000021": "21 does not exist; .*/run/checkpoints has the steps 20, 100",
+        tmp_path / "notes.md": "notes.md is a file, and a checkpoint is a folder",
+        tmp_path / "dead": r"checkpoint: step_00000002\.damaged, step_00000003\.tmp never became",
+    }.items():
+        with pytest.raises(CheckpointError, match=words):
+            names.find(path)
 
 
 def test_latest_is_moved_in_one_step(tmp_path: Path) -> None:

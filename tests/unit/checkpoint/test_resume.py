@@ -44,7 +44,7 @@ def test_what_is_not_there_is_refused_with_what_is(run: Path) -> None:
     """Oracle: the steps in the message."""
     with pytest.raises(CheckpointError, match=r"no committed checkpoint of step 60; it has: 20, 40, 100"):
         candidates("60", run)
-    with pytest.raises(CheckpointError, match="holds no committed checkpoint"):
+    with pytest.raises(CheckpointError, match=r"elsewhere does not exist"):
         candidates(str(run / "elsewhere"), run)
 
 

@@ -20,6 +20,7 @@ from mhc_dist.checkpoint.manifest import (
 )
 from mhc_dist.checkpoint.read import Checkpoint
 from mhc_dist.checkpoint.verify import all_damages
+from tests.small import small_config
 from tests.unit.checkpoint.small_checkpoint import VALUES, WEIGHT, write_checkpoint
 
 FILES = ("manifest.json", "index.json", "rank_00000.safetensors", "rank_00001.safetensors")
@@ -82,6 +83,15 @@ def test_reading_refuses_a_damaged_one(tmp_path: Path) -> None:
     (tmp_path / "c" / "rank_00001.safetensors").unlink()
     with pytest.raises(CheckpointError, match=r"rank_00001\.safetensors is missing"):
         Checkpoint.open(tmp_path / "c")
+
+
+def test_a_configuration_of_another_version_is_named(tmp_path: Path) -> None:
+    """Oracle: a section that this version does not know."""
+    config = {**small_config().model_dump(mode="json"), "warp": {"speed": 9}}
+    write_checkpoint(tmp_path / "c", config=config)
+    checkpoint = Checkpoint.open(tmp_path / "c")
+    with pytest.raises(CheckpointError, match=r"c was saved by mhc-dist \?.*: warp: .* Use the version"):
+        _ = checkpoint.config
 
 
 def test_a_newer_format_is_refused_by_name(tmp_path: Path) -> None:
