@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import math
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -18,6 +19,9 @@ from mhc_dist.export.source import open_model, open_vocabulary
 from mhc_dist.export.weights import build_model, whole_state
 from mhc_dist.guard.exit_codes import ExitCode
 from mhc_dist.model.decode import Decoder, generate
+
+INTERRUPTED = 130
+"""What shells show after Ctrl-C."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -39,6 +43,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except ValueError as error:
         print(f"mhc-dist: {error}", file=sys.stderr)
         return ExitCode.USAGE
+    except KeyboardInterrupt:
+        print()  # the shell's prompt gets a line of its own
+        return INTERRUPTED
+    except BrokenPipeError:
+        # The reader has enough (`| head`); Python would complain about the rest when it flushes.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     return ExitCode.OK
 
 

@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -76,6 +77,31 @@ def test_generate_says_what_the_model_says(tmp_path: Path, capsys: pytest.Captur
     capsys.readouterr()
     assert generate_main([str(tmp_path / "torch"), "def ", "--max-tokens", "6", "--temperature", "0"]) == 0
     assert capsys.readouterr().out == expected
+
+
+@pytest.mark.parametrize(
+    ("cut", "code", "shown"), [(KeyboardInterrupt, 130, "def f\n"), (BrokenPipeError, 0, "def f")]
+)
+def test_an_answer_may_be_cut_short(
+    cut: type[BaseException],
+    code: int,
+    shown: str,
+    tmp_path: Path,
+    capfd: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Oracle: what was said until then, and the exit code; no traceback."""
+
+    def generate_a_little(*arguments: object) -> Iterator[int]:
+        yield ord("f")
+        raise cut
+
+    config = export_config(MHC)
+    write_torch(StateDictWeights(trained_model(config).state_dict()), config, tmp_path / "torch")
+    monkeypatch.setattr("mhc_dist.generate.generate", generate_a_little)
+    monkeypatch.setattr("os.dup2", lambda *_: None)  # this process goes on
+    assert generate_main([str(tmp_path / "torch"), "def "]) == code
+    assert capfd.readouterr().out == shown
 
 
 @pytest.mark.parametrize(
