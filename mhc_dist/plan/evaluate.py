@@ -14,6 +14,7 @@ from mhc_dist.pipeline.schedules.coarse import CoarseSchedule
 from mhc_dist.pipeline.simulate import Simulation
 from mhc_dist.pipeline.summary import Summary
 from mhc_dist.plan.charge import Charge
+from mhc_dist.plan.collector import collector_paused
 from mhc_dist.plan.costs import CostModel
 from mhc_dist.plan.layout import Layout, cached_schedule, model_ranks, planned_shapes, sized
 from mhc_dist.plan.long_steps import short_count, stretched
@@ -107,7 +108,8 @@ def evaluate(
     """Figures of one step of `layout`; of very many microbatches, only as many are simulated as it takes."""
     num_simulated = short_count(layout.schedule, layout.pipeline, layout.num_microbatches)
     simulated = replace(layout, num_microbatches=num_simulated)
-    planned = build(config, machine, simulated, charge, overlap=overlap)
+    with collector_paused():
+        planned = build(config, machine, simulated, charge, overlap=overlap)
     config = sized(config, layout)
     summary = stretched(planned.simulation, layout.pipeline, num_simulated, layout.num_microbatches)
     tokens = (

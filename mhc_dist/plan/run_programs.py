@@ -10,6 +10,7 @@ from mhc_dist.pipeline.action import Program
 from mhc_dist.pipeline.lower import lower, lower_evaluation
 from mhc_dist.pipeline.validate import validate
 from mhc_dist.plan.cluster import load_cluster
+from mhc_dist.plan.collector import collector_paused
 from mhc_dist.plan.layout import own_shapes, schedule_of
 from mhc_dist.plan.machine import Machine
 from mhc_dist.plan.run_costs import placed_program
@@ -34,11 +35,12 @@ def plan_run(config: RunConfig) -> RunPrograms:
     """
     schedule = schedule_of(config)
     shapes = own_shapes(config)
-    if config.schedule.cluster is None:
-        training = lower(schedule, shapes.chunks)
-        validate(training)
-    else:
-        training = placed_program(config, Machine(load_cluster(config.schedule.cluster)))
-    evaluation = lower_evaluation(schedule.chunk_rank, shapes.chunks, config.schedule.num_microbatches)
-    validate(evaluation)
+    with collector_paused():
+        if config.schedule.cluster is None:
+            training = lower(schedule, shapes.chunks)
+            validate(training)
+        else:
+            training = placed_program(config, Machine(load_cluster(config.schedule.cluster)))
+        evaluation = lower_evaluation(schedule.chunk_rank, shapes.chunks, config.schedule.num_microbatches)
+        validate(evaluation)
     return RunPrograms(shapes.places, training, evaluation)
