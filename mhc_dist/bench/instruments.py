@@ -1,8 +1,10 @@
 """`mhc-dist bench instruments`: what watching a run costs: metrics, exporter, logs, stability measurements.
 
-One process and one thread, blocks of steps in turn within one run, with everything switched on as the
-configuration says and with nothing. The exporter is scraped every second, five times as often as
-configs/prometheus asks. Processor time, exporter thread included, so that other processes do not count.
+One process and one thread. All that instruments do is timed where it is done, in processor time: taking
+samples in the forward pass, making figures of them, metrics and logs, and answering a scrape every second,
+five times as often as configs/prometheus asks. Their sum over a step's time is the cost. As a check, blocks
+of steps with everything switched on and with nothing take turns within the run; their ratio has an interval
+of its own, which is wide wherever cores are shared.
 """
 
 from __future__ import annotations
@@ -13,19 +15,22 @@ import socket
 import tempfile
 import threading
 import urllib.request
+from collections import defaultdict
 from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
 from statistics import median
-from time import perf_counter, process_time
+from time import perf_counter, process_time, thread_time
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from mhc_dist.bench.alone import Nobody, random_microbatches, whole_stage
 from mhc_dist.bench.command import Bench, Outcome
 from mhc_dist.bench.peers.ratio import paired_ratio
 from mhc_dist.config import RunConfig
+from mhc_dist.model.hyper_connection import Mix, MixProbe
 from mhc_dist.observe.reporter import RunReporter, StepFigures
 from mhc_dist.observe.stability import StabilityProbe
 from mhc_dist.optim.reduction import Reduction
@@ -35,6 +40,31 @@ from mhc_dist.plan.run_programs import plan_run
 from mhc_dist.topology import Topology
 
 SCRAPE_SECONDS = 1.0
+NUM_TIMED_SCRAPES = 50
+
+
+class _Clock:
+    """Processor seconds of the calling thread, by what they were spent on."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = defaultdict(float)
+
+    @contextlib.contextmanager
+    def on(self, what: str) -> Iterator[None]:
+        start = thread_time()
+        yield
+        self.seconds[what] += thread_time() - start
+
+
+class _ClockedProbe:
+    """A probe, and the time it takes."""
+
+    def __init__(self, probe: MixProbe, clock: _Clock) -> None:
+        self._probe, self._clock = probe, clock
+
+    def entered(self, sublayer: int, streams_TNC: Tensor, pre_TN: Tensor, mix: Mix) -> None:
+        with self._clock.on("sampling"):
+            self._probe.entered(sublayer, streams_TNC, pre_TN, mix)
 
 
 class _Steps:
@@ -44,10 +74,9 @@ class _Steps:
         self._config, self._programs = config, plan_run(config)
         self._stage = whole_stage(config, self._programs)
         self._microbatches = random_microbatches(config)
-        self._probe = StabilityProbe(
-            {index: chunk.tape_holder for index, chunk in self._stage.by_index.items()},
-            config.observe.stability_every,
-        )
+        self._holders = {index: chunk.tape_holder for index, chunk in self._stage.by_index.items()}
+        self._probe = StabilityProbe(self._holders, config.observe.stability_every)
+        self.clock = _Clock()
         self._action: Action | None = None
         self._step = 0
 
@@ -68,28 +97,33 @@ class _Steps:
             begin = perf_counter()
             self._stage.zero_grad(set_to_none=True)
             self._probe.arm(self._step)
+            for holder in self._holders.values():
+                if holder.probe is not None:
+                    holder.probe = _ClockedProbe(holder.probe, self.clock)
             nobody = Nobody()
             executor = Executor(0, self._stage.by_index, nobody, self._note)
             output = executor.run(self._programs.training, self._microbatches, nobody)
             loss = torch.stack(output.losses).mean().item()
-            reporter.step(
-                StepFigures(
-                    step=self._step,
-                    loss=loss,
-                    grad_norm=1.0,
-                    learning_rate=1e-3,
-                    applied=True,
-                    loss_finite=True,
-                    stop=None,
-                    num_tokens=self._config.tokens_per_step,
-                    seconds=perf_counter() - begin,
-                    data_seconds=0.0,
-                    load_max_to_mean_ratio=1.0,
-                    trace=output.trace,
-                    reduction=Reduction(),
-                    stability=self._probe.take(),
-                )
+            with self.clock.on("figures"):
+                stability = self._probe.take()
+            figures = StepFigures(
+                step=self._step,
+                loss=loss,
+                grad_norm=1.0,
+                learning_rate=1e-3,
+                applied=True,
+                loss_finite=True,
+                stop=None,
+                num_tokens=self._config.tokens_per_step,
+                seconds=perf_counter() - begin,
+                data_seconds=0.0,
+                load_max_to_mean_ratio=1.0,
+                trace=output.trace,
+                reduction=Reduction(),
+                stability=stability,
             )
+            with self.clock.on("metrics_and_logs"):
+                reporter.step(figures)
         return process_time() - start
 
     def current_action(self) -> tuple[str, float]:
@@ -104,18 +138,30 @@ def _scraped(port: int) -> Iterator[None]:
     """Somebody fetches /metrics every second. The fetching itself counts, too, as it is this process's."""
     over = threading.Event()
 
-    def scrape() -> None:
+    def keep_scraping() -> None:
         while not over.wait(SCRAPE_SECONDS):
-            with urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics", timeout=5) as answer:
-                answer.read()
+            _scrape(port)
 
-    thread = threading.Thread(target=scrape, daemon=True)
+    thread = threading.Thread(target=keep_scraping, daemon=True)
     thread.start()
     try:
         yield
     finally:
         over.set()
         thread.join()
+
+
+def _scrape(port: int) -> None:
+    with urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics", timeout=5) as answer:
+        answer.read()
+
+
+def _seconds_per_scrape(port: int) -> float:
+    """While nothing else runs in this process; with the asking, which a cluster's ranks are spared."""
+    start = process_time()
+    for _ in range(NUM_TIMED_SCRAPES):
+        _scrape(port)
+    return (process_time() - start) / NUM_TIMED_SCRAPES
 
 
 def run(config: RunConfig, rounds: int, steps: int) -> dict[str, Any]:
@@ -141,12 +187,17 @@ def run(config: RunConfig, rounds: int, steps: int) -> dict[str, Any]:
                     else:
                         with _scraped(port):
                             watched.append(stepper.watched(steps, reporter))
-    ratio = paired_ratio(watched, plain)
+            seconds_per_scrape = _seconds_per_scrape(port)
+    seconds_per_step = median(plain) / steps
+    parts = {
+        what: spent / (rounds * steps) / seconds_per_step for what, spent in stepper.clock.seconds.items()
+    }
+    parts["scrapes"] = seconds_per_scrape / SCRAPE_SECONDS
     return {
-        "cost_ratio": ratio.median - 1.0,
-        "cost_interval": [ratio.low - 1.0, ratio.high - 1.0],
-        "step_ratio": asdict(ratio),
-        "seconds_per_step": median(plain) / steps,
+        "cost_ratio": sum(parts.values()),
+        "cost_parts": parts,
+        "paired_step_ratio": asdict(paired_ratio(watched, plain)),
+        "seconds_per_step": seconds_per_step,
         "steps_per_block": steps,
         "rounds": rounds,
         "stability_every": config.observe.stability_every,
@@ -172,8 +223,15 @@ def _add_options(parser: argparse.ArgumentParser) -> None:
 
 
 def _table(figures: dict[str, Any]) -> str:
-    low, high = figures["cost_interval"]
-    return f"instruments cost {figures['cost_ratio']:+.2%} ({low:+.2%} to {high:+.2%}) of a step"
+    parts = ", ".join(
+        f"{what.replace('_', ' ')} {share:.2%}" for what, share in figures["cost_parts"].items()
+    )
+    paired = figures["paired_step_ratio"]
+    return (
+        f"instruments cost {figures['cost_ratio']:.2%} of a step: {parts}\n"
+        f"steps with and without them in turn: {paired['median'] - 1:+.1%}"
+        f" ({paired['low'] - 1:+.1%} to {paired['high'] - 1:+.1%})"
+    )
 
 
 def _measure(config: RunConfig, options: argparse.Namespace) -> Outcome:

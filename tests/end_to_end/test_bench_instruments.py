@@ -25,6 +25,8 @@ def test_it_ends_with_its_figures(tmp_path: Path) -> None:
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     figures = json.loads(done.stdout.splitlines()[-1])
-    assert figures["cost_interval"][0] <= figures["cost_ratio"] <= figures["cost_interval"][1]
+    assert set(figures["cost_parts"]) == {"sampling", "figures", "metrics_and_logs", "scrapes"}
+    assert all(share > 0 for share in figures["cost_parts"].values())
+    assert figures["cost_ratio"] == pytest.approx(sum(figures["cost_parts"].values()))
     assert (figures["rounds"], figures["steps_per_block"], figures["stability_every"]) == (2, 2, 2)
     assert json.loads((tmp_path / "instruments.json").read_text())["figures"] == figures
