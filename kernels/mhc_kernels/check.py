@@ -43,6 +43,14 @@ def _check(
         raise ValueError(f"{name} is on {tensor.device}, streams_TNC on {like.device}: one device is needed")
 
 
+def _check_contiguous(name: str, tensor: Tensor) -> None:
+    if not tensor.is_contiguous():
+        raise ValueError(
+            f"{name} has strides {tensor.stride()} for shape {tuple(tensor.shape)}: "
+            "a contiguous tensor is needed"
+        )
+
+
 def check_connection(streams_TNC: Tensor, connection: Connection, pre_TN: Tensor | None) -> None:
     num_tokens, num_streams, channels = streams_TNC.shape
     spec = connection.spec
@@ -57,8 +65,8 @@ def check_connection(streams_TNC: Tensor, connection: Connection, pre_TN: Tensor
     _check("alpha_3", connection.alpha_3, (3,), (exact,), streams_TNC)
     _check("bias_M", connection.bias_M, (spec.num_coefficients,), (exact,), streams_TNC)
     _check("gain_C", connection.gain_C, (channels,), (exact, streams_TNC.dtype), streams_TNC)
-    if not connection.phi_MD.is_contiguous():
-        raise ValueError(f"phi_MD has strides {connection.phi_MD.stride()}: a contiguous tensor is needed")
+    for name in ("phi_MD", "alpha_3", "bias_M", "gain_C"):
+        _check_contiguous(name, getattr(connection, name))
     if pre_TN is not None:
         if not spec.shifted_pre:
             raise ValueError("pre_TN was given, but connection.spec.shifted_pre is False: leave it out")
@@ -111,6 +119,8 @@ def check_block(streams_TNC: Tensor, kept: Sequence[Kept]) -> None:
         check_pre(streams_TNC, sublayer.pre_TN)
         _check("rstd_T", sublayer.rstd_T, (num_tokens,), (exact,), streams_TNC)
         _check("gain_C", sublayer.gain_C, (channels,), (exact, streams_TNC.dtype), streams_TNC)
+        for name in ("rstd_T", "gain_C"):
+            _check_contiguous(name, getattr(sublayer, name))
         if index + 1 < len(kept):
             if sublayer.y_TC is None:
                 raise ValueError(

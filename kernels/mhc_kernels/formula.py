@@ -23,6 +23,13 @@ class Bytes(NamedTuple):
         return self.streams + self.coefficients + self.partials
 
 
+class TokenSplits(NamedTuple):
+    """Partial sums over tokens: of dphi and of dgain."""
+
+    phi: int
+    gain: int
+
+
 def _res_floats(spec: ConnectionSpec) -> int:
     return 0 if spec.mixing is Mixing.IDENTITY else spec.num_streams**2
 
@@ -41,19 +48,21 @@ def forward(channels: int, spec: ConnectionSpec, tiles: TileSet, item_bytes: int
 
 
 def backward(
-    channels: int, spec: ConnectionSpec, tiles: TileSet, item_bytes: int, token_splits: int
+    channels: int, spec: ConnectionSpec, tiles: TileSet, item_bytes: int, splits: TokenSplits
 ) -> Bytes:
-    """backward_dots: x', dh in. backward_apply: g, dh, x, y in, dx, dy out. reduce_partials: sums."""
+    """backward_dots: x', dh in. backward_apply: g, dh, x, y in, dx, dy out. backward_phi, where there is one:
+    x' in. reduce_partials: sums."""
     n, m, res = spec.num_streams, spec.num_coefficients, _res_floats(spec)
     blocks = -(-channels // tiles.backward_apply.channels)
     dots = (n + 2 + m + n + res) + (m + 2)
     apply = (n + res) + n + 3 + m
     partials = 2 * blocks * (n + res) + 4 * m / tiles.backward_dots.tokens
+    phi_rows, phi_coefficients = (0, 0) if tiles.backward_phi is None else (n, m)
     phi = m * n * channels
-    sums = 2 * token_splits * (phi + channels) + (phi + channels)
+    sums = 2 * (splits.phi * phi + splits.gain * channels) + (phi + channels)
     return Bytes(
-        (4 * n + 4) * channels * item_bytes,
-        (dots + apply + (n + res)) * FLOAT_BYTES,
+        (4 * n + 4 + phi_rows) * channels * item_bytes,
+        (dots + apply + phi_coefficients + (n + res)) * FLOAT_BYTES,
         partials * FLOAT_BYTES,
         (phi + sums) * FLOAT_BYTES,
     )

@@ -1,8 +1,10 @@
 """Checks that need a GPU: `python -m mhc_kernels.gpu_check [--output results/kernels]`.
 
-Parity of every kernel with the fp64 reference on the device, bit-equality of recompute and of two runs, and
-timings by `triton.testing.do_bench`, written with the device's name. Without a GPU it says so, loudly, and
-ends with status 0 having checked nothing; `--require` makes that an error.
+Parity of every kernel with the fp64 reference on the device, launches in chunks included, bit-equality of
+recompute and of two runs, and timings by `triton.testing.do_bench`, written with the device's name.
+
+Exit status: 0 all passed, 1 something failed. Without a GPU it says so, loudly, and ends with status 0 having
+checked nothing; with `--require` that is status 1.
 """
 
 from __future__ import annotations
@@ -10,8 +12,10 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -29,18 +33,32 @@ CASES = [
     (ConnectionSpec(num_streams=4, mixing=Mixing.PERMUTATIONS), 1280),
 ]
 FP32_LIMIT, BF16_LIMIT = 1e-5, 2e-2
-"""Largest relative error in norm of outputs and gradients; bf16 streams carry 8 bits and tf32 products 11."""
+"""Largest relative error in norm of outputs and gradients; bf16 streams carry 8 bits and tf32 products 11.
+Where a sum cancels: twice the error that the reference makes in the same precision."""
+
+
+class Plan(NamedTuple):
+    """What is checked and timed, and where; the tests run a small one in the interpreter."""
+
+    device: str = "cuda"
+    cases: Sequence[tuple[ConnectionSpec, int]] = CASES
+    num_tokens: int = 130
+    token_rows: tuple[int, int] = (300, 512)
+    timed_channels: Sequence[int] = (1280, 2560, 4096)
+    timed_tokens: int = 4096
 
 
 class Problem:
     """Inputs of one `cross` on the device, and the same numbers in fp64."""
 
-    def __init__(self, spec: ConnectionSpec, num_tokens: int, channels: int, dtype: torch.dtype) -> None:
+    def __init__(
+        self, spec: ConnectionSpec, num_tokens: int, channels: int, dtype: torch.dtype, device: str
+    ) -> None:
         n, m = spec.num_streams, spec.num_coefficients
         generator = torch.Generator().manual_seed(1)
 
         def draw(*shape: int, into: torch.dtype = torch.float32, scale: float = 1.0) -> Tensor:
-            return (torch.randn(*shape, generator=generator) * scale).to("cuda", into).requires_grad_()
+            return (torch.randn(*shape, generator=generator) * scale).to(device, into).requires_grad_()
 
         self.streams = draw(num_tokens, n, channels, into=dtype)
         self.y = draw(num_tokens, channels, into=dtype)
@@ -80,35 +98,47 @@ def _widen(tensor: Tensor) -> Tensor:
 
 
 def check_case(
-    spec: ConnectionSpec, channels: int, dtype: torch.dtype, num_tokens: int = 130
+    backend: SeamBackend,
+    spec: ConnectionSpec,
+    channels: int,
+    dtype: torch.dtype,
+    num_tokens: int,
+    device: str,
 ) -> dict[str, Any]:
     """Largest relative error, determinism and recompute of one case."""
-    problem = Problem(spec, num_tokens, channels, dtype)
-    backend = make_backend("triton")
+    problem = Problem(spec, num_tokens, channels, dtype, device)
     ours = problem.run_with_gradients(backend)
     again = problem.run_with_gradients(backend)
     exact = problem.widened().run_with_gradients(make_backend("reference"))
-    errors = [
-        ((a.double() - b).norm() / b.norm().clamp(min=1e-30)).item() for a, b in zip(ours, exact, strict=True)
-    ]
+    plain = problem.run_with_gradients(make_backend("reference"))
+    errors, unavoidable = (
+        [
+            ((a.double() - b).norm() / b.norm().clamp(min=1e-30)).item()
+            for a, b in zip(some, exact, strict=True)
+        ]
+        for some in (ours, plain)
+    )
     seam = problem.run(backend)
     kept = Kept(seam.pre_TN, seam.rstd_T, problem.connection.gain_C, seam.post_TN, seam.res_TNN, problem.y)
     first, second = backend.recompute_block(seam.streams_TNC.detach(), [kept, kept])
     closed = backend.close(seam.streams_TNC, problem.y, seam.post_TN, seam.res_TNN)
     limit = FP32_LIMIT if dtype == torch.float32 else BF16_LIMIT
     return {
+        "backend": backend.name,
         "spec": str(spec),
+        "num_tokens": num_tokens,
         "channels": channels,
         "dtype": str(dtype),
         "largest_error": max(errors),
+        "largest_error_of_reference": max(unavoidable),
         "limit": limit,
         "deterministic": all(torch.equal(a, b) for a, b in zip(ours, again, strict=True)),
         "recompute_bit_equal": torch.equal(first.h_TC, seam.h_TC) and torch.equal(second.streams_TNC, closed),
-        "passed": max(errors) <= limit,
+        "passed": all(e <= max(limit, 2 * u) for e, u in zip(errors, unavoidable, strict=True)),
     }
 
 
-def check_tokens(num_tokens: int = 300, channels: int = 512) -> dict[str, Any]:
+def check_tokens(num_tokens: int, channels: int, device: str) -> dict[str, Any]:
     """The token kernels of the mixture of experts against their CPU paths, in fp32, forward and backward."""
     generator = torch.Generator().manual_seed(1)
     expert_TK = torch.stack([torch.randperm(16, generator=generator)[:4] for _ in range(num_tokens)])
@@ -122,7 +152,7 @@ def check_tokens(num_tokens: int = 300, channels: int = 512) -> dict[str, Any]:
         y_TC = tokens.unpermute(rows, leaves[1], order)
         return [y_TC, *torch.autograd.grad(y_TC.square().sum(), leaves)]
 
-    there, again, here = through("cuda"), through("cuda"), through("cpu")
+    there, again, here = through(device), through(device), through("cpu")
     errors = [((a.cpu() - b).norm() / b.norm()).item() for a, b in zip(there, here, strict=True)]
     deterministic = all(torch.equal(a, b) for a, b in zip(there, again, strict=True))
     return {
@@ -134,17 +164,20 @@ def check_tokens(num_tokens: int = 300, channels: int = 512) -> dict[str, Any]:
 
 
 def chunked_backend() -> SeamBackend:
-    """`triton`, launched in chunks of tokens: timed here, because only a device can say whether it pays."""
+    """`triton`, launched in chunks of tokens: only a device can say whether that pays."""
     from mhc_kernels.triton_backend import TritonOperations, check_device
 
     return FunctionBackend("triton in chunks", TritonOperations(chunked=True), check_device)
 
 
-def time_case(channels: int, num_tokens: int = 4096) -> dict[str, Any]:
+def time_case(
+    bench: Callable[[Callable[[], object]], float],
+    channels: int,
+    num_tokens: int,
+    device: str,
+) -> dict[str, Any]:
     """Milliseconds of one bf16 seam, forward and both ways, and the bandwidth the forward reaches."""
-    from triton.testing import do_bench  # type: ignore[import-untyped]
-
-    problem = Problem(ConnectionSpec(num_streams=4), num_tokens, channels, torch.bfloat16)
+    problem = Problem(ConnectionSpec(num_streams=4), num_tokens, channels, torch.bfloat16, device)
     row: dict[str, Any] = {"channels": channels, "num_tokens": num_tokens}
     backends = {
         "triton": make_backend("triton"),
@@ -153,8 +186,8 @@ def time_case(channels: int, num_tokens: int = 4096) -> dict[str, Any]:
     }
     for name, backend in backends.items():
         with torch.no_grad():
-            row[f"{name}_forward_ms"] = do_bench(lambda backend=backend: problem.run(backend))
-        row[f"{name}_both_ms"] = do_bench(lambda backend=backend: problem.run_with_gradients(backend))
+            row[f"{name}_forward_ms"] = bench(partial(problem.run, backend))
+        row[f"{name}_both_ms"] = bench(partial(problem.run_with_gradients, backend))
     moved = 14 * num_tokens * channels * problem.streams.element_size()
     row["forward_gigabytes_per_second"] = moved / row["triton_forward_ms"] / 1e6
     return row
@@ -170,26 +203,53 @@ def main() -> None:
     if not torch.cuda.is_available():
         print("gpu-check: SKIPPED, torch sees no GPU. NOTHING WAS CHECKED on a device.", file=sys.stderr)
         sys.exit(1 if arguments.require else 0)
-    cases = [check_case(spec, c, dtype) for spec, c in CASES for dtype in (torch.float32, torch.bfloat16)]
-    device = torch.cuda.get_device_name()
+    from triton.testing import do_bench  # type: ignore[import-untyped]
+
+    sys.exit(check_device(Plan(), torch.cuda.get_device_name(), arguments.output, do_bench))
+
+
+def chunked_tokens(spec: ConnectionSpec, channels: int, dtype: torch.dtype, device: str) -> int:
+    """Enough for two chunks and a rest."""
+    from mhc_kernels import launch, tiles
+
+    architecture = launch.device_architecture(torch.device(device))
+    return 2 * tiles.chunk_tokens(architecture, spec.num_streams, channels, dtype.itemsize) + 2
+
+
+def check_device(
+    plan: Plan, device_name: str, output: Path, bench: Callable[[Callable[[], object]], float]
+) -> int:
+    """Run everything, write the report, say what failed; the exit status."""
+    plain, chunked, device = make_backend("triton"), chunked_backend(), plan.device
+    cases = []
+    for dtype in (torch.float32, torch.bfloat16):
+        for spec, channels in plan.cases:
+            cases.append(check_case(plain, spec, channels, dtype, plan.num_tokens, device))
+        spec, channels = plan.cases[0]
+        num_tokens = chunked_tokens(spec, channels, dtype, device)
+        cases.append(check_case(chunked, spec, channels, dtype, num_tokens, device))
+    token_case = check_tokens(*plan.token_rows, device)
     report = {
-        "device": device,
+        "device": device_name,
         "torch": torch.__version__,
         "cases": cases,
-        "tokens": (token_case := check_tokens()),
-        "timings": [time_case(channels) for channels in (1280, 2560, 4096)],
+        "tokens": token_case,
+        "timings": [
+            time_case(bench, channels, plan.timed_tokens, device) for channels in plan.timed_channels
+        ],
     }
-    arguments.output.mkdir(parents=True, exist_ok=True)
-    path = arguments.output / f"gpu_{device.lower().replace(' ', '_').replace('/', '_')}.json"
+    output.mkdir(parents=True, exist_ok=True)
+    path = output / f"gpu_{device_name.lower().replace(' ', '_').replace('/', '_')}.json"
     path.write_text(json.dumps(report, indent=2) + "\n")
     print(json.dumps(report, indent=2))
-    if not token_case["passed"]:
-        print("gpu-check: the token kernels of the mixture of experts FAILED", file=sys.stderr)
     failed = [c for c in cases if not (c["passed"] and c["deterministic"] and c["recompute_bit_equal"])]
-    print(
-        f"gpu-check on {device}: {len(cases) - len(failed)} of {len(cases)} cases passed, written to {path}"
-    )
-    sys.exit(1 if failed or not token_case["passed"] else 0)
+    for case in failed:
+        print(f"gpu-check: FAILED {case}", file=sys.stderr)
+    if not token_case["passed"]:
+        print("gpu-check: FAILED, the token kernels of the mixture of experts", file=sys.stderr)
+    passed = f"{len(cases) - len(failed)} of {len(cases)}"
+    print(f"gpu-check on {device_name}: {passed} cases passed, written to {path}")
+    return 1 if failed or not token_case["passed"] else 0
 
 
 if __name__ == "__main__":

@@ -7,6 +7,7 @@ priority gets multiprocessors soon.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from contextvars import ContextVar
 from typing import Any, NamedTuple
@@ -15,8 +16,11 @@ import torch
 import triton  # type: ignore[import-untyped]
 from torch import Tensor
 
+from mhc_kernels.ambient import on_its_gpu
 from mhc_kernels.device.backward_apply import backward_apply_kernel
 from mhc_kernels.device.backward_dots import backward_dots_kernel
+from mhc_kernels.device.backward_phi import backward_phi_kernel
+from mhc_kernels.device.backward_streams import backward_streams_kernel
 from mhc_kernels.device.mix_pre import mix_pre_kernel
 from mhc_kernels.device.post_project import post_project_kernel
 from mhc_kernels.device.reduce_partials import reduce_partials_kernel
@@ -26,10 +30,11 @@ from mhc_kernels.device.streams import (
     pre_kernel,
     recompute_block_kernel,
 )
+from mhc_kernels.formula import TokenSplits
 from mhc_kernels.reference import permutation_matrices
 from mhc_kernels.seam_function import InputGradients, SeamForward, SeamGradients, Update
 from mhc_kernels.spec import Connection, ConnectionSpec, Kept, Mixing, Regenerated
-from mhc_kernels.tiles import CHUNK_MULTIPLE, TileSet, power_of_two_at_least, tiles_for
+from mhc_kernels.tiles import CHUNK_MULTIPLE, Tile, TileSet, power_of_two_at_least, tiles_for
 
 MIXING_CODE = {Mixing.SINKHORN: 0, Mixing.IDENTITY: 1, Mixing.PERMUTATIONS: 2}
 REDUCE_BLOCK = 1024
@@ -58,11 +63,23 @@ def device_architecture(device: torch.device) -> str:
     return f"sm_{properties.major}{properties.minor}"
 
 
-def token_splits(num_tokens: int, channels: int, tiles: TileSet) -> int:
-    """How many programs share one channel block in backward_apply."""
-    channel_blocks = triton.cdiv(channels, tiles.backward_apply.channels)
-    wanted = int(triton.cdiv(PROGRAMS_WANTED, channel_blocks))
+def token_splits(num_tokens: int, channels: int, tile: Tile) -> int:
+    """How many programs share one block of channels (or columns) in backward_apply and backward_phi."""
+    wanted = int(triton.cdiv(PROGRAMS_WANTED, triton.cdiv(channels, tile.channels)))
     return max(1, min(num_tokens // SMALLEST_TOKEN_SPLIT, wanted))
+
+
+def parameter_splits(num_tokens: int, num_streams: int, channels: int, tiles: TileSet) -> TokenSplits:
+    """How many partial sums over tokens there are of dphi and dgain."""
+    apply_splits = token_splits(num_tokens, channels, tiles.backward_apply)
+    if tiles.backward_phi is None:
+        return TokenSplits(apply_splits, apply_splits)
+    return TokenSplits(token_splits(num_tokens, num_streams * channels, tiles.backward_phi), apply_splits)
+
+
+def tokens_per_split(num_tokens: int, splits: int, tile: Tile) -> int:
+    """Whole tiles."""
+    return int(triton.cdiv(triton.cdiv(num_tokens, splits), tile.tokens) * tile.tokens)
 
 
 def padded_coefficients(spec: ConnectionSpec) -> int:
@@ -93,10 +110,16 @@ def permutation_table(spec: ConnectionSpec, like: Tensor) -> Tensor | None:
     """(P padded to a power of two, n*n) fp32; None unless mixing=permutations."""
     if spec.mixing is not Mixing.PERMUTATIONS:
         return None
-    table_PNN = permutation_matrices(spec.num_streams)
-    padded = torch.zeros(padded_permutations(spec), spec.num_streams**2, dtype=torch.float32)
+    return _permutation_table(spec.num_streams, padded_permutations(spec), like.device)
+
+
+@functools.cache
+def _permutation_table(num_streams: int, padded_count: int, device: torch.device) -> Tensor:
+    """Made once per device: the host waits for the copy."""
+    table_PNN = permutation_matrices(num_streams)
+    padded = torch.zeros(padded_count, num_streams**2, dtype=torch.float32)
     padded[: len(table_PNN)] = table_PNN.flatten(1)
-    return padded.to(like.device)
+    return padded.to(device)
 
 
 def padded_permutations(spec: ConnectionSpec) -> int:
@@ -110,6 +133,7 @@ def token_chunks(num_tokens: int, chunk_tokens: int) -> list[slice]:
     return [slice(first, min(first + step, num_tokens)) for first in range(0, num_tokens, step)]
 
 
+@on_its_gpu
 def seam_forward(
     streams_TNC: Tensor,
     update: Update | None,
@@ -243,10 +267,11 @@ class _Behind(NamedTuple):
     shrink_T: Tensor
     d_projection_TM: Tensor
     phi_MD: Tensor
-    d_phi_SMD: Tensor
+    d_phi_SMD: Tensor | None
     d_gain_SC: Tensor
 
 
+@on_its_gpu
 def seam_backward(
     streams_TNC: Tensor,
     update: Update | None,
@@ -275,9 +300,9 @@ def seam_backward(
     d_logit_P2M = new_result((triton.cdiv(num_tokens, tiles.backward_dots.tokens), 2, m), fp32, device)
     chunks = token_chunks(num_tokens, chunk_tokens)
     remix = len(chunks) > 1 and update is not None
-    splits = token_splits(chunk_tokens or num_tokens, channels, tiles)
-    d_phi_SMD = new_result((splits, m, n * channels), fp32, device)
-    d_gain_SC = new_result((splits, channels), fp32, device)
+    splits = parameter_splits(chunk_tokens or num_tokens, n, channels, tiles)
+    d_phi_SMD = new_result((splits.phi, m, n * channels), fp32, device)
+    d_gain_SC = new_result((splits.gain, channels), fp32, device)
     if not chunks:
         d_phi_SMD.zero_()
         d_gain_SC.zero_()
@@ -332,12 +357,18 @@ def seam_backward(
             gradients.streams_TNC[rows],
             _Behind(
                 *(rows_d_h, connection.gain_C, rows_pre, rows_rstd, h_dot_T, shrink_T, d_projection_TM),
-                *(connection.phi_MD, d_phi_SMD, d_gain_SC),
+                *(connection.phi_MD, None if tiles.backward_phi else d_phi_SMD, d_gain_SC),
             ),
-            splits,
+            splits.gain,
             _TokenGradients(*_rows(out, rows)),
             accumulate=rows.start > 0,
         )
+        if tiles.backward_phi is not None:
+            _sum_phi(
+                *(forward.streams_TNC[rows], d_projection_TM, d_phi_SMD, tiles.backward_phi),
+                precision=product_precision(streams_TNC, tiles),
+                accumulate=rows.start > 0,
+            )
     d_logit_2M = reduce_partials(d_logit_P2M)
     return InputGradients(
         *out,
@@ -371,7 +402,8 @@ def _apply(
     *,
     accumulate: bool = False,
 ) -> None:
-    """B2 with its token-wise reduction. `behind` is None at a chunk of layers' end."""
+    """B2 with its token-wise reductions, without dphi where `backward_phi` sums that. `behind` is None at a
+    chunk of layers' end."""
     num_tokens, n, channels = streams_TNC.shape
     tiles = tiles_for(device_architecture(streams_TNC.device), n, channels)
     tile = tiles.post_backward if behind is None else tiles.backward_apply
@@ -381,47 +413,64 @@ def _apply(
         None if whole is None else new_result((blocks, *whole.shape), torch.float32, whole.device)
         for whole in (out.post_TN, out.res_TNN)
     )
-    d_h, gain, used_pre, rstd, h_dot, shrink, d_projection, phi, d_phi, d_gain = behind or (None,) * 10
+    *through, phi, d_phi, d_gain = behind or (None,) * len(_Behind._fields)
     m = 1 if phi is None else phi.shape[0]
-    backward_apply_kernel[(blocks, splits)](
+    inputs = (streams_TNC, y_TC, post_TN, res_TNN, gradient_TNC, *through, phi)
+    results = (out.streams_TNC, out.y_TC, d_post_BTN, d_res_BTNN)
+    sizes = (num_tokens, tokens_per_split(num_tokens, splits, tile))
+    constants = {
+        "C": channels,
+        "N": n,
+        "M": m,
+        "M_PAD": max(16, power_of_two_at_least(m)),
+        "HAS_UPDATE": update is not None,
+        "MIXED": res_TNN is not None,
+        "ACCUMULATE": accumulate,
+        "PRECISION": product_precision(streams_TNC, tiles),
+        "BT": tile.tokens,
+        "BC": tile.channels,
+        "num_warps": tile.num_warps,
+        "num_stages": tile.num_stages,
+    }
+    if behind is not None and tiles.backward_phi is not None:
+        backward_streams_kernel[(blocks, splits)](*inputs, *results, d_gain, *sizes, **constants)
+    else:
+        backward_apply_kernel[(blocks, splits)](
+            *inputs, *results, d_phi, d_gain, *sizes, HAS_NEXT=behind is not None, **constants
+        )
+    for partial, whole in ((d_post_BTN, out.post_TN), (d_res_BTNN, out.res_TNN)):
+        if partial is not None:
+            reduce_partials(partial, whole)
+
+
+def _sum_phi(
+    streams_TNC: Tensor,
+    d_projection_TM: Tensor,
+    d_phi_SMD: Tensor,
+    tile: Tile,
+    *,
+    precision: str,
+    accumulate: bool,
+) -> None:
+    """B2b: partial dphi from x' and the gradient of phi x'."""
+    num_tokens, n, channels = streams_TNC.shape
+    splits, m, width = d_phi_SMD.shape
+    backward_phi_kernel[(triton.cdiv(width, tile.channels), splits)](
         streams_TNC,
-        y_TC,
-        post_TN,
-        res_TNN,
-        gradient_TNC,
-        d_h,
-        gain,
-        used_pre,
-        rstd,
-        h_dot,
-        shrink,
-        d_projection,
-        phi,
-        out.streams_TNC,
-        out.y_TC,
-        d_post_BTN,
-        d_res_BTNN,
-        d_phi,
-        d_gain,
+        d_projection_TM,
+        d_phi_SMD,
         num_tokens,
-        triton.cdiv(triton.cdiv(num_tokens, splits), tile.tokens) * tile.tokens,
-        C=channels,
-        N=n,
+        tokens_per_split(num_tokens, splits, tile),
+        D=n * channels,
         M=m,
         M_PAD=max(16, power_of_two_at_least(m)),
-        HAS_UPDATE=update is not None,
-        HAS_NEXT=behind is not None,
-        MIXED=res_TNN is not None,
         ACCUMULATE=accumulate,
-        PRECISION=product_precision(streams_TNC, tiles),
+        PRECISION=precision,
         BT=tile.tokens,
         BC=tile.channels,
         num_warps=tile.num_warps,
         num_stages=tile.num_stages,
     )
-    for partial, whole in ((d_post_BTN, out.post_TN), (d_res_BTNN, out.res_TNN)):
-        if partial is not None:
-            reduce_partials(partial, whole)
 
 
 def reduce_partials(partial: Tensor, out: Tensor | None = None) -> Tensor:
@@ -435,6 +484,7 @@ def reduce_partials(partial: Tensor, out: Tensor | None = None) -> Tensor:
     return out
 
 
+@on_its_gpu
 def update_forward(streams_TNC: Tensor, update: Update) -> Tensor:
     """K3."""
     num_tokens, n, channels = streams_TNC.shape
@@ -458,13 +508,14 @@ def update_forward(streams_TNC: Tensor, update: Update) -> Tensor:
     return out_TNC
 
 
+@on_its_gpu
 def update_backward(
     streams_TNC: Tensor, update: Update, gradient_TNC: Tensor
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
     """B2 without a next sublayer."""
     num_tokens, n, channels = streams_TNC.shape
     tiles = tiles_for(device_architecture(streams_TNC.device), n, channels)
-    splits = token_splits(num_tokens, channels, tiles)
+    splits = token_splits(num_tokens, channels, tiles.post_backward)
     out = _new_token_gradients(streams_TNC, update)
     update = Update(*(_contiguous(tensor) for tensor in update))
     if num_tokens:
@@ -474,6 +525,7 @@ def update_backward(
     return out.streams_TNC, out.y_TC, out.post_TN, out.res_TNN
 
 
+@on_its_gpu
 def collapse_forward(streams_TNC: Tensor, pre_TN: Tensor) -> Tensor:
     """K4."""
     num_tokens, n, channels = streams_TNC.shape
@@ -494,6 +546,7 @@ def collapse_forward(streams_TNC: Tensor, pre_TN: Tensor) -> Tensor:
     return out_TC
 
 
+@on_its_gpu
 def collapse_backward(streams_TNC: Tensor, pre_TN: Tensor, gradient_TC: Tensor) -> tuple[Tensor, Tensor]:
     num_tokens, n, channels = streams_TNC.shape
     tile = tiles_for(device_architecture(streams_TNC.device), n, channels).mix_pre
@@ -516,6 +569,7 @@ def collapse_backward(streams_TNC: Tensor, pre_TN: Tensor, gradient_TC: Tensor) 
     return d_streams_TNC, d_pre_TN
 
 
+@on_its_gpu
 def recompute_block(streams_TNC: Tensor, kept: Sequence[Kept]) -> list[Regenerated]:
     """R: all sublayers of the block in one launch."""
     num_tokens, n, channels = streams_TNC.shape

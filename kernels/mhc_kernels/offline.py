@@ -23,6 +23,7 @@ from mhc_kernels import launch
 from mhc_kernels.device.streams import post_kernel
 from mhc_kernels.seam_function import SeamGradients, Update
 from mhc_kernels.spec import Connection, ConnectionSpec, Kept, Mixing
+from mhc_kernels.tiles import CHUNK_MULTIPLE
 
 POINTER_TYPES = {torch.float32: "*fp32", torch.bfloat16: "*bf16", torch.float16: "*fp16"}
 LAUNCH_OPTIONS = ("num_warps", "num_stages", "num_ctas")
@@ -44,13 +45,19 @@ class RecordedLaunch:
 
     @property
     def name(self) -> str:
-        """The note's name of the kernel: two of them share code with a neighbour."""
+        """The documentation's name of the kernel: two of them share code with a neighbour, and launches in
+        chunks compile three of them differently."""
+        chunked = self.arguments.get("REMIX") or self.arguments.get("ACCUMULATE")
+        return self._plain_name + ("_chunked" if chunked else "")
+
+    @property
+    def _plain_name(self) -> str:
         name = str(self.kernel.__name__).removesuffix("_kernel")
         if name == "post_project" and not self.arguments["HAS_UPDATE"]:
             return "project"
         if name == "backward_apply" and not self.arguments["HAS_NEXT"]:
             return "post_backward"
-        if name == "backward_apply" and not self.arguments["HAS_UPDATE"]:
+        if name in ("backward_apply", "backward_streams") and not self.arguments["HAS_UPDATE"]:
             return "project_backward"
         return name
 
@@ -139,7 +146,8 @@ def seam_launches(
     num_tokens: int = 4096,
     block: int = 3,
 ) -> list[RecordedLaunch]:
-    """Every kernel of a chunk: open, cross, close, their backwards, the head's reduction, a recompute."""
+    """Every kernel of a chunk of layers: open, cross, close, their backwards, the head's reduction, a
+    recompute; and what launches in chunks of tokens need besides (their forward is the same)."""
     x, y, post, res, connection = seam_tensors(num_tokens, channels, spec, dtype)
     carried = post if spec.shifted_pre else None
     update = Update(y, post, res)
@@ -147,7 +155,8 @@ def seam_launches(
         for tail in (None, update):
             forward = launch.seam_forward(x, tail, connection, carried)
             gradients = SeamGradients(x, y, carried, post, forward.res_TNN)
-            launch.seam_backward(x, tail, connection, carried, forward, gradients)
+            for chunk_tokens in (0, CHUNK_MULTIPLE):
+                launch.seam_backward(x, tail, connection, carried, forward, gradients, chunk_tokens)
         launch.update_forward(x, update)
         launch.update_backward(x, update, x)
         launch.collapse_forward(x, post)

@@ -35,10 +35,8 @@ def normalised_projection(streams_TNC: Tensor, phi_MD: Tensor, norm_eps: float) 
 
 def logits(mix_TM: Tensor, alpha_3: Tensor, bias_M: Tensor, num_streams: int) -> Tensor:
     """alpha * mix + bias with one alpha each for pre, post and res: Eq. 13."""
-    lengths = torch.tensor(
-        [num_streams, num_streams, mix_TM.shape[-1] - 2 * num_streams], device=alpha_3.device
-    )
-    alpha_M = alpha_3.repeat_interleave(lengths, output_size=mix_TM.shape[-1])
+    lengths = (num_streams, num_streams, mix_TM.shape[-1] - 2 * num_streams)
+    alpha_M = torch.cat([alpha.expand(length) for alpha, length in zip(alpha_3, lengths, strict=True)])
     return alpha_M * mix_TM + bias_M
 
 

@@ -8,17 +8,20 @@ import torch
 from torch import Tensor
 
 from mhc_kernels import check, reference
+from mhc_kernels.ambient import without_autocast
 from mhc_kernels.spec import Connection, Kept, Regenerated, Seam
 
 
 class ReferenceBackend:
     name = "reference"
 
+    @without_autocast
     def open(self, streams_TNC: Tensor, connection: Connection, pre_TN: Tensor | None = None) -> Seam:
         check.check_streams(streams_TNC)
         check.check_connection(streams_TNC, connection, pre_TN)
         return self._prepare(streams_TNC, connection, pre_TN)
 
+    @without_autocast
     def cross(
         self,
         streams_TNC: Tensor,
@@ -31,11 +34,13 @@ class ReferenceBackend:
         check.check_cross(streams_TNC, y_TC, post_TN, res_TNN, connection, pre_TN)
         return self._prepare(reference.update(streams_TNC, y_TC, post_TN, res_TNN), connection, pre_TN)
 
+    @without_autocast
     def close(self, streams_TNC: Tensor, y_TC: Tensor, post_TN: Tensor, res_TNN: Tensor | None) -> Tensor:
         check.check_streams(streams_TNC)
         check.check_update(streams_TNC, y_TC, post_TN, res_TNN)
         return reference.update(streams_TNC, y_TC, post_TN, res_TNN)
 
+    @without_autocast
     def collapse(self, streams_TNC: Tensor, pre_TN: Tensor) -> Tensor:
         check.check_streams(streams_TNC)
         check.check_pre(streams_TNC, pre_TN)

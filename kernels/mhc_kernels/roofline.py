@@ -1,7 +1,6 @@
 """Time a sublayer's connection must take at least: `python -m mhc_kernels.roofline --cluster h100`.
 
 DERIVED, not measured: bytes from formula.py (equal to the counted ones) over the share of a device's memory
-DERIVED, not measured: bytes from formula.py (equal to the counted ones) over the share of a device's memory
 bandwidth that its cluster file assumes. It says how long the bytes take if everything else is hidden, not
 more. `--cluster` is such a file or the name of one in configs/clusters.
 """
@@ -16,7 +15,7 @@ from pathlib import Path
 import yaml
 
 from mhc_kernels import formula
-from mhc_kernels.launch import token_splits
+from mhc_kernels.launch import parameter_splits
 from mhc_kernels.spec import ConnectionSpec, Mixing
 from mhc_kernels.tiles import ARCHITECTURES, tiles_for
 
@@ -60,7 +59,7 @@ def roofline(
         total = moved.per_token * num_tokens + moved.constants
         return 1e6 * total / (device.bytes_per_second * device.achieved_share)
 
-    splits = token_splits(num_tokens, channels, tiles)
+    splits = parameter_splits(num_tokens, spec.num_streams, channels, tiles)
     return Roofline(
         "derived",
         num_tokens,

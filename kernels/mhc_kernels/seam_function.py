@@ -12,6 +12,7 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor
 
+from mhc_kernels.ambient import without_autocast
 from mhc_kernels.spec import Connection, ConnectionSpec, Seam
 
 
@@ -98,6 +99,7 @@ class SeamFunction(torch.autograd.Function):
     """streams (and y, post, res of sublayer l) -> streams', h, post, res, pre of sublayer l+1."""
 
     @staticmethod
+    @without_autocast
     def forward(
         ctx: Any,
         operations: SeamOperations,
@@ -125,6 +127,7 @@ class SeamFunction(torch.autograd.Function):
         return result.streams_TNC, result.h_TC, result.post_TN, result.res_TNN, result.pre_TN, result.rstd_T
 
     @staticmethod
+    @without_autocast
     def backward(ctx: Any, *grads: Any) -> Any:
         d_streams_TNC, d_h_TC, d_post_TN, d_res_TNN, d_pre_TN, _ = grads
         streams_TNC, y_TC, post_TN, res_TNN, carried_pre_TN, phi_MD, alpha_3, bias_M, gain_C, *result = (
@@ -152,6 +155,7 @@ class UpdateFunction(torch.autograd.Function):
     """x'[o] = sum_i res[o, i] x[i] + post[o] y at a chunk's end."""
 
     @staticmethod
+    @without_autocast
     def forward(
         ctx: Any,
         operations: SeamOperations,
@@ -165,6 +169,7 @@ class UpdateFunction(torch.autograd.Function):
         return operations.update_forward(streams_TNC, Update(y_TC, post_TN, res_TNN))
 
     @staticmethod
+    @without_autocast
     def backward(ctx: Any, *grads: Any) -> Any:
         streams_TNC, y_TC, post_TN, res_TNN = ctx.saved_tensors
         gradients = ctx.operations.update_backward(
@@ -177,12 +182,14 @@ class CollapseFunction(torch.autograd.Function):
     """sum_i pre[i] x[i], rounded to the streams' dtype."""
 
     @staticmethod
+    @without_autocast
     def forward(ctx: Any, operations: SeamOperations, streams_TNC: Tensor, pre_TN: Tensor) -> Tensor:
         ctx.operations = operations
         ctx.save_for_backward(streams_TNC, pre_TN)
         return operations.collapse_forward(streams_TNC, pre_TN)
 
     @staticmethod
+    @without_autocast
     def backward(ctx: Any, *grads: Any) -> Any:
         streams_TNC, pre_TN = ctx.saved_tensors
         return None, *ctx.operations.collapse_backward(streams_TNC, pre_TN, grads[0].contiguous())

@@ -28,6 +28,9 @@ class TileSet(NamedTuple):
     streams: Tile
     backward_dots: Tile
     backward_apply: Tile
+    backward_phi: Tile | None
+    """None where backward_apply sums dphi in its registers. Else backward_streams goes before, with the tile
+    of `backward_apply`."""
     post_backward: Tile
     project_splits: int
     precision: str
@@ -65,6 +68,7 @@ def tiles_for(architecture: str, num_streams: int, channels: int) -> TileSet:
         streams=Tile(8, 128, 4),
         backward_dots=Tile(1, row, row_warps),
         backward_apply=_backward_apply(architecture, num_streams),
+        backward_phi=Tile(32, 128, 8) if num_streams > 4 else None,
         post_backward=Tile(16, 128, 8),
         project_splits=2,
         precision="ieee" if amd else "tf32",
@@ -76,7 +80,7 @@ def _backward_apply(architecture: str, num_streams: int) -> Tile:
     if architecture.startswith("gfx"):
         return Tile(16, 32, 2)
     if num_streams > 4:
-        return Tile(16, 32, 8)
+        return Tile(32, 64, 8, num_stages=1)
     return Tile(32, 64, 8, num_stages=2 if architecture == "sm_90" else 1)
 
 

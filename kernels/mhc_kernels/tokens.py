@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as functional
 from torch import Tensor
 
+from mhc_kernels.ambient import on_its_gpu
 from mhc_kernels.tiles import power_of_two_at_least
 
 BLOCK_ROWS = 256
@@ -36,20 +37,30 @@ class Order(NamedTuple):
 
 def order_by_expert(expert_TK: Tensor, num_experts: int) -> Order:
     """Sort the choices (T, K) by expert; equal experts keep the order of tokens, so the order is a function
-    of the choices alone."""
+    of the choices alone.
+
+    The host never waits for a GPU here. So an expert that does not exist is a ValueError on CPUs only; a GPU
+    stops with the device-side assertion of the scatter.
+    """
     if expert_TK.dim() != 2 or expert_TK.dtype != torch.int64:
         raise ValueError(
             f"expert_TK has shape {tuple(expert_TK.shape)} and dtype {expert_TK.dtype}: (tokens, choices) of "
             "torch.int64 is needed"
         )
+    if expert_TK.device.type == "cpu" and expert_TK.numel():
+        first, last = (bound.item() for bound in expert_TK.aminmax())
+        if first < 0 or last >= num_experts:
+            named = first if first < 0 else last
+            raise ValueError(
+                f"expert_TK names expert {named}: with num_experts={num_experts} 0 to {num_experts - 1} exist"
+            )
     num_choices = expert_TK.shape[1]
     flat_R = expert_TK.flatten()
     source_R = flat_R.argsort(stable=True)
     place_R = torch.empty_like(source_R)
     place_R[source_R] = torch.arange(source_R.numel(), device=source_R.device)
-    counts_E = torch.bincount(flat_R, minlength=num_experts)
-    if counts_E.numel() != num_experts:
-        raise ValueError(f"expert_TK names expert {counts_E.numel() - 1}, but num_experts={num_experts}")
+    # Not bincount: its result is as long as the largest value says, and the host would wait to learn it.
+    counts_E = flat_R.new_zeros(num_experts).scatter_add_(0, flat_R, torch.ones_like(flat_R))
     return Order(source_R // num_choices, place_R.view_as(expert_TK), counts_E)
 
 
@@ -158,6 +169,7 @@ class _SwiGlu(torch.autograd.Function):
         return _launch_swiglu_backward(gate_up_RD, grads[0].contiguous())
 
 
+@on_its_gpu
 def _launch_unpermute(rows_RC: Tensor, weight_TK: Tensor, place_TK: Tensor) -> Tensor:
     from mhc_kernels.device.tokens import unpermute_kernel
 
@@ -176,6 +188,7 @@ def _launch_unpermute(rows_RC: Tensor, weight_TK: Tensor, place_TK: Tensor) -> T
     return out_TC
 
 
+@on_its_gpu
 def _launch_unpermute_backward(
     rows_RC: Tensor, weight_TK: Tensor, place_TK: Tensor, d_out_TC: Tensor
 ) -> tuple[Tensor, Tensor]:
@@ -198,6 +211,7 @@ def _launch_unpermute_backward(
     return d_rows_RC, d_weight_TK
 
 
+@on_its_gpu
 def _launch_swiglu(gate_up_RD: Tensor) -> Tensor:
     from mhc_kernels.device.tokens import swiglu_kernel
 
@@ -208,6 +222,7 @@ def _launch_swiglu(gate_up_RD: Tensor) -> Tensor:
     return out_RD
 
 
+@on_its_gpu
 def _launch_swiglu_backward(gate_up_RD: Tensor, d_out_RD: Tensor) -> Tensor:
     from mhc_kernels.device.tokens import swiglu_backward_kernel
 

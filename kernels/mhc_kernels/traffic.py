@@ -7,7 +7,7 @@ bytes are what the kernel asks for. Everything is counted: coefficients, partial
 around the kernels.
 
 forward    one seam forward (post_project, mix_pre)
-backward   one seam backward (backward_dots, backward_apply, reduce_partials)
+backward   one seam backward (backward_dots, backward_apply, at n = 8 backward_phi, reduce_partials)
 recompute  one more sublayer in a recompute block
 """
 
@@ -208,7 +208,8 @@ def measure_chunked(channels: int, spec: ConnectionSpec, dtype: torch.dtype) -> 
                 "l2_bytes": L2_BYTES[architecture],
                 "chunk_tokens": tokens,
                 "post_project_programs": -(-tokens // tiles.post_project.tokens) * tiles.project_splits,
-                "backward_apply_programs": apply_blocks * launch.token_splits(tokens, channels, tiles),
+                "backward_apply_programs": apply_blocks
+                * launch.token_splits(tokens, channels, tiles.backward_apply),
             }
         )
     return {

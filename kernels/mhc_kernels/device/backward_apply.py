@@ -12,6 +12,8 @@ reduce_partials kernels add them in a fixed order.
 
 With ACCUMULATE (all chunks of tokens but the first) dphi and dgain go on from what the chunk before left.
 
+At n = 8 `backward_streams` and `backward_phi` take its place.
+
 Registers are scarce here. Three things keep it within them at 8 channels, 128 bits, a thread:
 
 * both products are written with channels as rows, (BC, .), and their results transposed. The compiler prefers
@@ -25,14 +27,14 @@ Registers are scarce here. Three things keep it within them at 8 channels, 128 b
 import triton
 import triton.language as tl
 
-from mhc_kernels.device.common import load_coefficients, load_streams, mixed_stream, stream_dots
-
-
-@triton.jit
-def load_again(pointer, rows, row_ok, stride):
-    """A coefficient (BT,) that was loaded before: from a cache instead of registers. The cache modifier keeps
-    the compiler from merging the two loads."""
-    return tl.load(pointer + rows * stride, mask=row_ok, other=0.0, cache_modifier=".ca")
+from mhc_kernels.device.common import (
+    load_again,
+    load_coefficients,
+    load_streams,
+    load_tile_again,
+    mixed_stream,
+    stream_dots,
+)
 
 
 @triton.jit(do_not_specialize=["num_tokens", "tokens_per_split"])
@@ -165,8 +167,7 @@ def backward_apply_kernel(
             if HAS_NEXT:
                 xs = ()
                 for i in tl.static_range(N):
-                    again = tl.load(x_tile + i * C, mask=mask, other=0.0, cache_modifier=".ca")
-                    xs = xs + (again.to(tl.float32),)
+                    xs = xs + (load_tile_again(x_tile + i * C, mask),)
             for o in tl.static_range(N):
                 tl.store(d_ress + o * N, stream_dots(totals[o], xs, N), mask=row_ok[:, None])
             for i in tl.static_range(N):

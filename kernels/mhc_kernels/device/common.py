@@ -37,6 +37,19 @@ def load_streams(pointer, rows, cols, mask, N: tl.constexpr, C: tl.constexpr):
 
 
 @triton.jit
+def load_again(pointer, rows, row_ok, stride):
+    """A coefficient (BT,) that was loaded before: from a cache instead of registers. The cache modifier keeps
+    the compiler from merging the two loads."""
+    return tl.load(pointer + rows * stride, mask=row_ok, other=0.0, cache_modifier=".ca")
+
+
+@triton.jit
+def load_tile_again(pointers, mask):
+    """A tile (BT, BC) in fp32, likewise."""
+    return tl.load(pointers, mask=mask, other=0.0, cache_modifier=".ca").to(tl.float32)
+
+
+@triton.jit
 def mixed_stream(o: tl.constexpr, xs, y, post, res, N: tl.constexpr, MIXED: tl.constexpr):
     """x'[o] = post[o] y + sum_i res[o, i] x[i], (BT, BC) fp32 before rounding. Not MIXED: H_res = I."""
     total = post[o][:, None] * y
@@ -70,6 +83,22 @@ def neighbour_sums(tile):
 
 
 @triton.jit
+def side_by_side(tiles, N: tl.constexpr):
+    """N tiles of one shape as last dimensions of 2 each; reshaped to (..., N), tile i is at i."""
+    if N == 2:
+        joined = tl.join(tiles[0], tiles[1])
+    elif N == 4:
+        joined = tl.join(tl.join(tiles[0], tiles[2]), tl.join(tiles[1], tiles[3]))
+    else:
+        tl.static_assert(N == 8)
+        joined = tl.join(
+            tl.join(tl.join(tiles[0], tiles[4]), tl.join(tiles[2], tiles[6])),
+            tl.join(tl.join(tiles[1], tiles[5]), tl.join(tiles[3], tiles[7])),
+        )
+    return joined
+
+
+@triton.jit
 def stream_dots(tile, xs, N: tl.constexpr):
     """<tile, x[i]> over the channels for all i, (BT, N): one reduction for all streams.
 
@@ -79,17 +108,7 @@ def stream_dots(tile, xs, N: tl.constexpr):
     sums = ()
     for i in tl.static_range(N):
         sums = sums + (neighbour_sums(tile * xs[i]),)
-    if N == 2:
-        joined = tl.join(sums[0], sums[1])
-    elif N == 4:
-        joined = tl.join(tl.join(sums[0], sums[2]), tl.join(sums[1], sums[3]))
-    else:
-        tl.static_assert(N == 8)
-        joined = tl.join(
-            tl.join(tl.join(sums[0], sums[4]), tl.join(sums[2], sums[6])),
-            tl.join(tl.join(sums[1], sums[5]), tl.join(sums[3], sums[7])),
-        )
-    return tl.reshape(tl.sum(joined, axis=1), (tile.shape[0], N))
+    return tl.reshape(tl.sum(side_by_side(sums, N), axis=1), (tile.shape[0], N))
 
 
 @triton.jit

@@ -16,9 +16,11 @@ def reduce_partials_kernel(
     BLOCK: tl.constexpr,
 ):
     """out = sum over the first dimension, one partial after the other. Grid (SIZE / BLOCK,)."""
-    offsets = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    # 64 bits: the partial dres of a long batch have more than 2^31 elements.
+    offsets = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     ok = offsets < size
     total = tl.zeros((BLOCK,), dtype=tl.float32)
-    for k in range(count):
-        total += tl.load(partial_ptr + k * size + offsets, mask=ok, other=0.0)
+    for _ in range(count):
+        total += tl.load(partial_ptr + offsets, mask=ok, other=0.0)
+        partial_ptr += size
     tl.store(out_ptr + offsets, total, mask=ok)

@@ -79,14 +79,27 @@ def chain(backend: SeamBackend, inputs: Inputs) -> tuple[Tensor, list[Seam]]:
     return out_TNC, seams
 
 
-def gradients(backend: SeamBackend, inputs: Inputs) -> dict[str, Tensor]:
-    """Gradients of a fixed random projection of the chain's output with respect to every leaf."""
-    out_TNC, _ = chain(backend, inputs)
+@dataclass
+class Run:
+    """Results of `chain`, and the gradients of a fixed random projection of its output by leaf."""
+
+    out_TNC: Tensor
+    seams: list[Seam]
+    gradients: dict[str, Tensor]
+
+
+def run(backend: SeamBackend, inputs: Inputs) -> Run:
+    out_TNC, seams = chain(backend, inputs)
     generator = torch.Generator().manual_seed(99)
     weight_TNC = torch.randn(out_TNC.shape, generator=generator).to(out_TNC.dtype)
     leaves = inputs.leaves()
     grads = torch.autograd.grad((out_TNC * weight_TNC).sum(), list(leaves.values()), allow_unused=True)
-    return {name: grad for name, grad in zip(leaves, grads, strict=True) if grad is not None}
+    named = {name: grad for name, grad in zip(leaves, grads, strict=True) if grad is not None}
+    return Run(out_TNC, seams, named)
+
+
+def gradients(backend: SeamBackend, inputs: Inputs) -> dict[str, Tensor]:
+    return run(backend, inputs).gradients
 
 
 def kept_of(inputs: Inputs, seams: list[Seam]) -> list[Kept]:
@@ -146,11 +159,11 @@ def rounding_effect(inputs: Inputs, exact: dict[str, Tensor], draws: int = 4) ->
     return moved
 
 
-def check_gradients(backend: SeamBackend, inputs: Inputs) -> None:
-    """Every gradient within 1e-5 of fp64 autograd, relative in norm. Where rounding inputs and logits alone
-    moves a gradient further than that (sums that cancel), within twice that movement."""
-    exact = gradients(make_backend("reference"), widened(inputs))
-    ours = gradients(backend, inputs)
+def check_gradients(backend: SeamBackend, inputs: Inputs) -> tuple[Run, Run]:
+    """Our run and the reference's in fp64. Every gradient is within 1e-5 of it in norm; where rounding inputs
+    and logits alone moves a gradient further (sums that cancel), within twice that movement."""
+    our_run, exact_run = run(backend, inputs), run(make_backend("reference"), widened(inputs))
+    ours, exact = our_run.gradients, exact_run.gradients
     assert ours.keys() == exact.keys()
     errors = {name: (grad.double() - exact[name]).norm().item() for name, grad in ours.items()}
     missed = [name for name, error in errors.items() if not error <= 1e-5 * exact[name].norm().item()]
@@ -158,6 +171,7 @@ def check_gradients(backend: SeamBackend, inputs: Inputs) -> None:
         moved = rounding_effect(inputs, exact)
         for name in missed:
             assert errors[name] <= 2 * moved[name], (name, errors[name], moved[name], exact[name].norm())
+    return our_run, exact_run
 
 
 def logits_of_thirty(inputs: Inputs, *, saturated: bool) -> None:

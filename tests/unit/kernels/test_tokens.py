@@ -22,6 +22,9 @@ def test_order_sorts_by_expert_and_keeps_tokens_in_order() -> None:
     assert order.token_R.tolist() == [t for _, t, _ in pairs]
     assert [order.place_TK[t, k].item() for _, t, k in pairs] == list(range(120))
     assert order.rows_per_expert_E.tolist() == [sum(e == x for e, _, _ in pairs) for x in range(8)]
+    assert (
+        tokens.order_by_expert(torch.zeros(0, 3, dtype=torch.int64), 8).rows_per_expert_E.tolist() == [0] * 8
+    )
 
 
 def test_permute_and_unpermute_have_exact_gradients() -> None:
@@ -75,8 +78,9 @@ def test_bad_arguments_are_refused_by_name() -> None:
     order = tokens.order_by_expert(choices(4, 2, 8), 8)
     with pytest.raises(ValueError, match=r"expert_TK has shape \(4,\)"):
         tokens.order_by_expert(torch.zeros(4, dtype=torch.int64), 8)
-    with pytest.raises(ValueError, match=r"names expert 9, but num_experts=8"):
-        tokens.order_by_expert(torch.full((2, 2), 9), 8)
+    for named in (9, -1):
+        with pytest.raises(ValueError, match=rf"names expert {named}: with num_experts=8 0 to 7 exist"):
+            tokens.order_by_expert(torch.full((2, 2), named), 8)
     with pytest.raises(ValueError, match=r"rows_RC has shape \(4, 8\): \(8, channels\)"):
         tokens.unpermute(torch.zeros(4, 8), torch.zeros(4, 2), order)
     with pytest.raises(ValueError, match=r"gate_up has shape \(4, 7\)"):

@@ -24,10 +24,20 @@ def nan_filled(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device)
 
 
 def quick_tiles(architecture: str, num_streams: int, channels: int) -> TileSet:
-    """The table's tiles with more tokens per row program: the interpreter pays per program."""
-    tiles = tiles_for(architecture, num_streams, channels)
+    """Larger tiles than the table's: the interpreter pays per program and operation, not per element."""
+    return _retiled(tiles_for(architecture, num_streams, channels), 64, 128)
+
+
+def _retiled(tiles: TileSet, tokens: int, channels: int) -> TileSet:
+    block, row = Tile(tokens, channels, 4), Tile(tokens, tiles.mix_pre.channels, 4)
     return tiles._replace(
-        mix_pre=Tile(16, tiles.mix_pre.channels, 4), backward_dots=Tile(16, tiles.backward_dots.channels, 4)
+        post_project=block,
+        mix_pre=row,
+        streams=block,
+        backward_dots=row,
+        backward_apply=block,
+        backward_phi=None if tiles.backward_phi is None else block,
+        post_backward=block,
     )
 
 
@@ -37,6 +47,16 @@ def poisoned(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.setattr(launch, "tiles_for", quick_tiles)
     with interpreted.rounded_like_a_device():
         yield
+
+
+@pytest.fixture
+def many_programs(poisoned: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Small tiles, where it matters that there are several programs along every axis of the grids."""
+
+    def small_tiles(architecture: str, num_streams: int, channels: int) -> TileSet:
+        return _retiled(tiles_for(architecture, num_streams, channels), 16, 32)
+
+    monkeypatch.setattr(launch, "tiles_for", small_tiles)
 
 
 @pytest.fixture

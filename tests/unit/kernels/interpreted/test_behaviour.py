@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import itertools
+import json
+from collections.abc import Callable, Sequence
+from pathlib import Path
 
 import pytest
 import torch
-from mhc_kernels import interpreted, tiles, triton_backend
+from mhc_kernels import gpu_check, interpreted, launch, tiles, triton_backend
 from mhc_kernels.function_backend import FunctionBackend
-from mhc_kernels.seam import ConnectionSpec, Mixing, SeamBackend
+from mhc_kernels.seam import ConnectionSpec, Kept, Mixing, Regenerated, SeamBackend
 
 from tests.unit.kernels.seam_cases import (
     ALL_SPECS,
@@ -18,9 +21,12 @@ from tests.unit.kernels.seam_cases import (
     kept_of,
     make_inputs,
     relative_error,
+    run,
 )
 
 pytestmark = pytest.mark.usefixtures("poisoned")
+
+SHORT_EIGHT = ConnectionSpec(num_streams=8, sinkhorn_iterations=2)
 
 
 @pytest.mark.parametrize("spec", ALL_SPECS, ids=str)
@@ -35,15 +41,17 @@ def test_recompute_is_bit_equal(backend: SeamBackend, spec: ConnectionSpec) -> N
         assert torch.equal(seam.h_TC, regenerated.h_TC)
 
 
-@pytest.mark.parametrize("spec", [ALL_SPECS[0], ALL_SPECS[5]], ids=str)
+@pytest.mark.usefixtures("many_programs")
+@pytest.mark.parametrize("spec", [ALL_SPECS[0], SHORT_EIGHT, ALL_SPECS[5]], ids=str)
 def test_program_order_does_not_matter(backend: SeamBackend, spec: ConnectionSpec) -> None:
     """Oracle: the kernels in their usual order, bit for bit."""
-    inputs = make_inputs(Case(40, 64, spec), torch.float32, sublayers=1)
-    ordered, expected = chain(backend, inputs)[0], gradients(backend, inputs)
+    inputs = make_inputs(Case(20, 48, spec), torch.float32, sublayers=1)
+    ordered = run(backend, inputs)
     with interpreted.shuffled_programs(seed=7):
-        assert torch.equal(chain(backend, inputs)[0], ordered)
-        for name, grad in gradients(backend, inputs).items():
-            assert torch.equal(grad, expected[name]), name
+        shuffled = run(backend, inputs)
+    assert torch.equal(shuffled.out_TNC, ordered.out_TNC)
+    for name, grad in shuffled.gradients.items():
+        assert torch.equal(grad, ordered.gradients[name]), name
 
 
 def test_a_changed_order_is_really_another_order() -> None:
@@ -144,17 +152,15 @@ def test_chunked_launches_change_no_bit(
     monkeypatch.setattr(tiles, "chunk_tokens", lambda *_: 64)
     chunked = FunctionBackend("chunked", triton_backend.TritonOperations(chunked=True), lambda _: None)
     inputs = make_inputs(Case(130, 64, spec), torch.bfloat16, sublayers=1)
-    whole_out, whole_seams = chain(backend, inputs)
-    chunk_out, chunk_seams = chain(chunked, inputs)
-    assert torch.equal(whole_out, chunk_out)
-    for whole, chunk in zip(whole_seams, chunk_seams, strict=True):
-        assert all(torch.equal(a, b) for a, b in zip(whole, chunk, strict=True) if a is not None)
-    expected, found = gradients(backend, inputs), gradients(chunked, inputs)
-    for name, grad in found.items():
+    whole, chunk = run(backend, inputs), run(chunked, inputs)
+    assert torch.equal(whole.out_TNC, chunk.out_TNC)
+    for one, other in zip(whole.seams, chunk.seams, strict=True):
+        assert all(torch.equal(a, b) for a, b in zip(one, other, strict=True) if a is not None)
+    for name, grad in chunk.gradients.items():
         if name.startswith(("phi", "gain")):
-            assert relative_error(grad, expected[name]) < 1e-6, name
+            assert relative_error(grad, whole.gradients[name]) < 1e-6, name
         else:
-            assert torch.equal(grad, expected[name]), name
+            assert torch.equal(grad, whole.gradients[name]), name
 
 
 @pytest.mark.timeout(300)
@@ -171,6 +177,32 @@ def test_chunked_crossings_change_no_bit(backend: SeamBackend, monkeypatch: pyte
         assert same or (name.startswith(("phi", "gain")) and relative_error(grad, expected[name]) < 1e-6), (
             name
         )
+
+
+@pytest.mark.timeout(300)
+def test_the_checks_for_a_gpu_run(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Oracle: the tests above, which these kernels pass: so they must pass the checks that wait for a GPU.
+    With a recompute that is wrong they must fail."""
+    monkeypatch.setattr(tiles, "chunk_tokens", lambda *_: 64)
+    spec = ConnectionSpec(num_streams=2, sinkhorn_iterations=2)
+    plan = gpu_check.Plan("cpu", [(spec, 32)], 17, (20, 48), [32], 17)
+
+    def once(action: Callable[[], object]) -> float:
+        action()
+        return 2.0
+
+    assert gpu_check.check_device(plan, "No Device", tmp_path, once) == 0
+    report = json.loads((tmp_path / "gpu_no_device.json").read_text())
+    assert [case["backend"] for case in report["cases"]] == 2 * ["triton", "triton in chunks"]
+    assert all(case["recompute_bit_equal"] and case["deterministic"] for case in report["cases"])
+    assert report["timings"][0]["triton_forward_ms"] == 2.0
+    right = launch.recompute_block
+
+    def wrong(streams_TNC: torch.Tensor, kept: Sequence[Kept]) -> list[Regenerated]:
+        return [Regenerated(x_TNC, h_TC + 1) for x_TNC, h_TC in right(streams_TNC, kept)]
+
+    monkeypatch.setattr(launch, "recompute_block", wrong)
+    assert gpu_check.check_device(plan._replace(timed_channels=()), "No Device", tmp_path, once) == 1
 
 
 def test_no_tokens(backend: SeamBackend) -> None:

@@ -36,17 +36,18 @@ def measured(num_streams: int, mixing: Mixing, channels: int, dtype: torch.dtype
 
 
 def check_formula(num_streams: int, mixing: Mixing, dtype: torch.dtype) -> None:
-    """forward: x, y in, x' out, x' in, h out = 3n+2. backward: x', dh; g, dh, x, y in, dx, dy out = 4n+4.
-    recompute of one sublayer more: y in, x' and h out = n+2."""
+    """forward: x, y in, x' out, x' in, h out = 3n+2. backward: x', dh; g, dh, x, y in, dx, dy out = 4n+4, and
+    x' once more for dphi at n = 8. recompute of one sublayer more: y in, x' and h out = n+2."""
     report = measured(num_streams, mixing, CHANNELS, dtype)
     streams = {name: phase["streams"] for name, phase in report["phases"].items()}
     n = num_streams
-    assert streams == {"forward": 3 * n + 2, "backward": 4 * n + 4, "recompute": n + 2}
+    backward = 4 * n + 4 + (n if n == 8 else 0)
+    assert streams == {"forward": 3 * n + 2, "backward": backward, "recompute": n + 2}
     tiles, item = launch.tiles_for("sm_90", n, CHANNELS), torch.empty(0, dtype=dtype).element_size()
     spec = ConnectionSpec(num_streams=n, mixing=mixing)
     expected = {
         "forward": formula.forward(CHANNELS, spec, tiles, item),
-        "backward": formula.backward(CHANNELS, spec, tiles, item, token_splits=1),
+        "backward": formula.backward(CHANNELS, spec, tiles, item, formula.TokenSplits(1, 1)),
         "recompute": formula.recompute(CHANNELS, spec, item),
     }
     for name, moved in expected.items():
@@ -93,7 +94,10 @@ def test_chunks_read_the_streams_once(shifted_pre: bool) -> None:
     n, row, tiles = 4, 2 * CHANNELS, launch.tiles_for("sm_90", 4, CHANNELS)
     promises = {
         "forward": ((2 * n + 2) * row, formula.forward(CHANNELS, spec, tiles, 2)),
-        "backward": ((3 * n + 3) * row, formula.backward(CHANNELS, spec, tiles, 2, token_splits=1)),
+        "backward": (
+            (3 * n + 3) * row,
+            formula.backward(CHANNELS, spec, tiles, 2, formula.TokenSplits(1, 1)),
+        ),
     }
     for name, (streams, moved) in promises.items():
         # Temporaries live where others have been; how many of their writes meet in the cache depends on it.
@@ -122,6 +126,22 @@ def out_of_bounds(pointer, size, BLOCK: tl.constexpr):  # type: ignore[no-untype
 @triton.jit
 def atomic(pointer, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
     tl.atomic_add(pointer + tl.arange(0, BLOCK), 1.0)
+
+
+def test_offsets_of_partial_sums_have_64_bits(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Oracle: arithmetic. Three partial sums of 1.6e9 elements each are not in this memory, but the addresses
+    that the kernel asks for are known: 32 bits would wrap."""
+    asked, size, block = [], 3 << 29, 1024
+    builder = interpreted.interpreter.interpreter_builder
+
+    def note(pointers: Any, mask: Any, *_: Any) -> Any:
+        asked.append(int(pointers.data.min()))
+        return interpreted.interpreter.TensorHandle(np.zeros(block, dtype=np.float32), tl.float32)
+
+    monkeypatch.setattr(builder, "create_masked_load", note)
+    partial = torch.zeros(16)
+    launch.reduce_partials_kernel[(1,)](partial, torch.zeros(block), 3, size, BLOCK=block)
+    assert asked == [partial.data_ptr() + 4 * k * size for k in range(3)]
 
 
 def test_a_stray_store_is_caught() -> None:
