@@ -157,7 +157,7 @@ class Cell:
         )
         stretch = None if nominal is None else Nominal(nominal).stretch
         executor = Executor(self._pipeline_rank, stage.by_index, transport, on_action, stretch=stretch)
-        return Runner(stage, program, executor, self.microbatches, self.route, link)
+        return Runner(stage, program, executor, self.microbatches, self.route, link, nominal is not None)
 
     def from_rank_0(self, value: Any) -> Any:
         """What rank 0 passes in; collective."""
@@ -182,6 +182,7 @@ class Runner:
     microbatches: Sequence[Microbatch]
     route: Route
     link: EmulatedLink | None
+    in_delay_mode: bool
 
     def step(self, *, keep_gradients: bool = False) -> tuple[float, Trace]:
         """One step: seconds until the last rank is through, and this rank's trace. Collective.

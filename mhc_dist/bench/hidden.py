@@ -7,10 +7,13 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 
 from mhc_dist.pipeline.action import Action, ActionKind, Pass
+from mhc_dist.pipeline.receives import COMPUTE_KINDS
 from mhc_dist.pipeline.trace import Event
 
 Exchange = tuple[str, Pass]
 """(dispatch, F), (combine, B), ...: an item's name without its layer, and the direction."""
+
+_COMPUTE = COMPUTE_KINDS - {ActionKind.RECOMPUTE}
 
 FILL, STEADY, DRAIN = "fill", "steady", "drain"
 """Before a rank's first backward there is no backward to pair with, after its last forward no forward."""
@@ -35,12 +38,16 @@ class Exposed:
 
 @dataclass(frozen=True)
 class HiddenReport:
-    """Seconds in flight and seconds waited for, by exchange; recompute seconds, and those under a flight."""
+    """Seconds in flight and seconds waited for, by exchange; seconds of compute, those of recomputation, and
+    of these the ones under a flight.
+    """
 
     flight_seconds: dict[Exchange, float]
     exposed: dict[Exchange, Exposed]
     recompute_seconds: float
     recompute_hidden_seconds: float
+    compute_seconds: float
+    """Phases, without recomputation."""
 
     @property
     def exposed_seconds(self) -> dict[Exchange, float]:
@@ -69,6 +76,10 @@ class HiddenReport:
                 exposed.seconds / flight
             )
         return dict(shares)
+
+    @property
+    def flight_to_compute_ratio(self) -> float:
+        return sum(self.flight_seconds.values()) / self.compute_seconds
 
     @property
     def recompute_hidden_ratio(self) -> float | None:
@@ -113,14 +124,16 @@ def hidden_report(events: Sequence[Event], link_seconds: Callable[[int], float])
         exposed[name]  # an exchange that nobody waited for is exposed by nothing
     recomputed = [(e.start, e.end) for e in events if e.action.kind is ActionKind.RECOMPUTE]
     hidden = sum(_covered(start, end, flights) for start, end in recomputed)
-    return HiddenReport(dict(flight), dict(exposed), sum(end - start for start, end in recomputed), hidden)
+    computed = sum(e.end - e.start for e in events if e.action.kind in _COMPUTE)
+    recompute = sum(end - start for start, end in recomputed)
+    return HiddenReport(dict(flight), dict(exposed), recompute, hidden, computed)
 
 
 def together(reports: Iterable[HiddenReport]) -> HiddenReport:
     """Several ranks' reports of one step as one: seconds add up."""
     flight: dict[Exchange, float] = defaultdict(float)
     exposed: dict[Exchange, Exposed] = defaultdict(Exposed)
-    recompute = hidden = 0.0
+    recompute = hidden = computed = 0.0
     for report in reports:
         for name, seconds in report.flight_seconds.items():
             flight[name] += seconds
@@ -132,7 +145,8 @@ def together(reports: Iterable[HiddenReport]) -> HiddenReport:
                 total.part[part] += seconds
         recompute += report.recompute_seconds
         hidden += report.recompute_hidden_seconds
-    return HiddenReport(dict(flight), dict(exposed), recompute, hidden)
+        computed += report.compute_seconds
+    return HiddenReport(dict(flight), dict(exposed), recompute, hidden, computed)
 
 
 def _parts(events: Sequence[Event]) -> Callable[[Event], str]:

@@ -25,6 +25,7 @@ from types import FrameType, TracebackType
 from typing import Any, Self
 
 NAMESPACES = Path("/run/netns")
+LABEL = "veth between network namespaces, rate-limited by tbf"
 PREFIX = "mhcbench"
 INTERFACE = "eth0"
 LATENCY_SECONDS = 5e-5

@@ -176,7 +176,7 @@ def _table(figures: dict[str, Any]) -> str:
 def _measure(config: RunConfig, options: argparse.Namespace) -> Outcome:
     figures = run(config, options.backends, options.rounds)
     label = "measured: processor time of one process, one thread, CPU, nothing overlapped"
-    return Outcome("overhead", label, figures, _table(figures))
+    return Outcome(f"overhead_{config.model.hidden_size}", label, figures, _table(figures))
 
 
 BENCH = Bench("overhead", __doc__, _add_options, _measure, lambda options: PAPER_3B_WIDTHS)

@@ -1,4 +1,4 @@
-"""`mhc-dist bench overlap`: what placement hides, on an emulated link, against the same steps without it.
+"""`mhc-dist bench overlap`: what placement hides, on a slow link, against the same steps without it.
 
 Four variants take turns within one run, on the same batches and to the same bits:
 
@@ -9,6 +9,9 @@ Four variants take turns within one run, on the same batches and to the same bit
 
 --ranks 2: one pipeline rank, experts over two, real compute on two cores. --ranks 4 and 8: two and four
 pipeline ranks, experts over two, in delay mode: every phase lasts its single-process time, in slow motion.
+
+--link veth: not an emulated link but ranks in network namespaces, joined at a limited rate by the kernel;
+needs root and iproute2, and goes with --ranks 2.
 """
 
 from __future__ import annotations
@@ -17,18 +20,22 @@ import argparse
 import json
 import os
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from statistics import median
 from typing import Any
 
 from torch import Tensor
 
+from mhc_dist.bench.calibrated import calibrated
 from mhc_dist.bench.cell import Cell, Mode, Runner, check_equal, message_bytes, run_ranks, with_recompute
 from mhc_dist.bench.command import Bench, Outcome
 from mhc_dist.bench.hidden import HiddenReport, hidden_report, together
+from mhc_dist.bench.namespaces import LABEL as VETH_LABEL
+from mhc_dist.bench.namespaces import MAX_RATE, ShapedLink, ShapedNetwork
 from mhc_dist.bench.overrun import BOUND, Overrun
 from mhc_dist.bench.peers.costs import (
+    SlowLink,
     costs_alone,
     costs_from,
     link_for,
@@ -69,13 +76,17 @@ cluster has: with few, what fill and drain leave exposed outweighs everything el
 
 @dataclass(frozen=True)
 class Plan:
-    """ratio: all-to-all over compute. slow_motion: nominal over measured time, None computes in real time."""
+    """ratio: all-to-all over compute. slow_motion: nominal over measured time, None computes in real time.
+
+    network: namespaces to run in; None for an emulated link.
+    """
 
     ratio: float
     rounds: int
     slow_motion: float | None
     max_overrun: float
     routing: Rule
+    network: ShapedNetwork | None = None
 
 
 @dataclass
@@ -91,6 +102,8 @@ class _Variant:
 
 def measure(rank: int, store: str, config: RunConfig, plan: Plan, result: Path) -> None:
     """One rank of the bench. Rank 0 writes its figures to `result`."""
+    if plan.network is not None:
+        plan.network.enter(rank)
     configs = {mode: with_recompute(config, mode) for mode in MODES}
     plain = {mode: lower(schedule_of(c), own_shapes(c).chunks) for mode, c in configs.items()}
     cell = Cell.join(rank, store, config, plain["none"].links, plan.routing)
@@ -100,7 +113,7 @@ def measure(rank: int, store: str, config: RunConfig, plan: Plan, result: Path) 
     for mode, stage in stages.items():
         runner = cell.runner(stage, plain[mode])
         runner.step()
-        warm[mode] = runner.step()[1].events
+        warm[mode] = runner.step()[1].events + runner.step()[1].events
     compute: dict[str, CostTable] = {}
     if rank == 0:
         for mode, own in configs.items():
@@ -111,8 +124,18 @@ def measure(rank: int, store: str, config: RunConfig, plan: Plan, result: Path) 
             )
     compute = cell.from_rank_0(compute)
     payloads = payloads_of(warm["none"])
-    link = link_for(compute["none"], payloads, plain["none"], plan.ratio)
-    costs = {mode: on_link(table, payloads, link, message_bytes(config)) for mode, table in compute.items()}
+    emulated = link_for(compute["none"], payloads, plain["none"], plan.ratio)
+    link: SlowLink = emulated
+    if plan.network is not None:
+        link = ShapedLink(8 * emulated.bytes_per_second)
+        plan.network.slow_down(link.bits_per_second)
+    held_back = emulated if plan.network is None else None
+    costs = {}
+    for mode, stage in stages.items():
+        on = on_link(compute[mode], payloads, link, message_bytes(config))
+        nominal = None if plan.slow_motion is None else on
+        runner = cell.runner(stage, plain[mode], nominal, held_back)
+        costs[mode] = calibrated(cell, on, runner)
 
     programs = {NO_OVERLAP: plain["none"]}
     for name, placement in PLACEMENTS.items():
@@ -123,7 +146,7 @@ def measure(rank: int, store: str, config: RunConfig, plan: Plan, result: Path) 
         validate(program)
         mode = RECOMPUTES[name]
         nominal = None if plan.slow_motion is None else costs[mode]
-        variants[name] = _Variant(cell.runner(stages[mode], program, nominal, link), costs[mode])
+        variants[name] = _Variant(cell.runner(stages[mode], program, nominal, held_back), costs[mode])
 
     _alternate(variants, plan.rounds, link.seconds, nominal=plan.slow_motion is not None)
     everyone = {name: cell.gather((variant.reports, variant.overrun)) for name, variant in variants.items()}
@@ -132,6 +155,7 @@ def measure(rank: int, store: str, config: RunConfig, plan: Plan, result: Path) 
             "all_to_all_to_compute_ratio": plan.ratio,
             "slow_motion": plan.slow_motion,
             "routing": plan.routing,
+            "link": "emulated" if plan.network is None else "veth, tbf",
             "link_bytes_per_second": link.bytes_per_second,
             "link_latency_seconds": link.latency_seconds,
             "ranks": config.num_processes,
@@ -192,6 +216,7 @@ def _figures(
         "all_to_all_hidden_ratio_without_late_peers": median_of(
             PLACED, lambda r: r.hidden_ratio(wire_only=True)
         ),
+        "all_to_all_to_compute_measured": median_of(NO_OVERLAP, lambda r: r.flight_to_compute_ratio),
         "rounds": len(base),
         "gradients_bit_equal": True,
         "step_seconds": {name: median(variant.seconds) for name, variant in variants.items()},
@@ -210,8 +235,11 @@ def _figures(
     }
 
 
-def run(config: RunConfig, plan: Plan) -> dict[str, Any]:
-    """Start the ranks and return their figures. ValueError when they ask for what cannot be measured."""
+def run(config: RunConfig, plan: Plan, *, veth: bool = False) -> dict[str, Any]:
+    """Start the ranks and return their figures. ValueError when they ask for what cannot be measured.
+
+    veth: in network namespaces, instead of on an emulated link.
+    """
     parallel = config.parallel
     if parallel.expert < 2 or parallel.expert != parallel.data:
         raise ValueError(
@@ -228,7 +256,13 @@ def run(config: RunConfig, plan: Plan) -> dict[str, Any]:
             f"ratio={plan.ratio} must be above 0, rounds={plan.rounds} and slow_motion={plan.slow_motion} at"
             " least 1."
         )
-    figures = run_ranks(measure, config, plan)
+    if veth:
+        if plan.slow_motion is not None:
+            raise ValueError("--link veth goes with --ranks 2: in slow motion a rate would mean nothing.")
+        with ShapedNetwork(config.num_processes, MAX_RATE) as network:
+            figures = run_ranks(measure, config, replace(plan, network=network))
+    else:
+        figures = run_ranks(measure, config, plan)
     Overrun(**figures.pop("_overrun")).check(plan.max_overrun)
     return figures
 
@@ -275,14 +309,15 @@ def slow_motion_of(options: argparse.Namespace) -> float | None:
     return options.slow_motion or slow_motion_for(options.ranks)
 
 
-def label_of(options: argparse.Namespace) -> str:
+def label_of(options: argparse.Namespace, link: str = "emulated link") -> str:
     if options.ranks == 2:
-        return "emulated link; compute measured, two ranks on two cores"
-    return "emulated link; delay mode: single-process times of compute, in slow motion"
+        return f"{link}; compute measured, two ranks on two cores"
+    return f"{link}; delay mode: single-process times of compute, in slow motion"
 
 
 def _add_options(parser: argparse.ArgumentParser) -> None:
     add_rank_options(parser)
+    parser.add_argument("--link", choices=("emulated", "veth"), default="emulated", help="(emulated)")
     parser.add_argument("--rounds", type=int, default=7, help="timed steps of every variant (7)")
 
 
@@ -304,9 +339,11 @@ def _table(figures: dict[str, Any]) -> str:
 
 def _measure(config: RunConfig, options: argparse.Namespace) -> Outcome:
     plan = Plan(options.ratio, options.rounds, slow_motion_of(options), options.max_overrun, options.routing)
-    figures = run(config, plan)
+    veth = options.link == "veth"
+    figures = run(config, plan, veth=veth)
     stem = f"overlap_{options.ratio:g}" + ("" if options.ranks == 2 else f"_{options.ranks}_ranks")
-    return Outcome(stem, label_of(options), figures, _table(figures))
+    label = label_of(options, VETH_LABEL) if veth else label_of(options)
+    return Outcome(stem + ("_veth" if veth else ""), label, figures, _table(figures))
 
 
 BENCH = Bench("overlap", __doc__, _add_options, _measure, rank_settings)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from statistics import median
 from typing import Any
 
@@ -21,10 +22,13 @@ def predicted_seconds(program: Program, costs: CostTable) -> float:
 
 
 def prediction(program: Program, costs: CostTable, measured: Sequence[float]) -> dict[str, Any]:
-    """Predicted and measured step and their ratio; what would be hidden if every action took its time."""
+    """Predicted and measured step and their ratio; what is hidden there, and what would be if every phase
+    took its median time on all ranks.
+    """
     simulation = Simulation(program, costs)
     predicted, seen = simulation.makespan, median(measured)
     report = _report(simulation, costs)
+    calm = Simulation(program, replace(costs, jitter=None))
     return {
         "predicted_seconds": predicted,
         "measured_seconds": seen,
@@ -32,6 +36,8 @@ def prediction(program: Program, costs: CostTable, measured: Sequence[float]) ->
         "all_to_all_hidden_ratio": report.hidden_ratio(),
         "exposed_shares": report.exposed_shares(),
         "recompute_hidden_ratio": report.recompute_hidden_ratio,
+        "all_to_all_hidden_ratio_without_jitter": _report(calm, costs).hidden_ratio(),
+        "seconds_without_jitter": calm.makespan,
     }
 
 

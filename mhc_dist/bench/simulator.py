@@ -1,10 +1,9 @@
 """`mhc-dist bench simulator`: predicted against measured steps, for every schedule and recompute mode.
 
-For each case, compute is measured beforehand (--ranks 2: from steps of the plain lowering on the same ranks
-and link; --ranks 4 and 8, in delay mode: in one process alone), exchanges and messages are those of the
-emulated link. With these costs the phases are placed, the simulator predicts the step, and the ranks run it;
-cases take turns. Phases that overrun their time in delay mode are reported: they are the processors', not the
-simulator's.
+For each case, steps of the plain lowering on the same ranks and link calibrate the simulator: seconds of
+phases (--ranks 4 and 8, in delay mode: measured in one process alone), how far phases differ from them, what
+starting and ending exchanges takes. Exchanges and messages are those of the emulated link. With these costs
+the phases are placed, the simulator predicts the step, and the ranks run it; cases take turns.
 """
 
 from __future__ import annotations
@@ -18,6 +17,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any, cast
 
+from mhc_dist.bench.calibrated import calibrated
 from mhc_dist.bench.cell import Cell, Mode, Runner, message_bytes, run_ranks, with_recompute
 from mhc_dist.bench.command import Bench, Outcome
 from mhc_dist.bench.overlap import add_rank_options, label_of, rank_settings, slow_motion_of
@@ -35,15 +35,12 @@ from mhc_dist.bench.routing import Rule
 from mhc_dist.bench.simulated import predicted_seconds
 from mhc_dist.config import RunConfig
 from mhc_dist.pipeline.action import Program
-from mhc_dist.pipeline.calibrate import calibrate
 from mhc_dist.pipeline.cost import CostTable
 from mhc_dist.pipeline.lower import lower
-from mhc_dist.pipeline.perfetto import TraceEvent
 from mhc_dist.plan.layout import own_shapes, schedule_of
 from mhc_dist.plan.run_costs import placed_program
 
 SCHEDULES = ("gpipe", "1f1b", "interleaved", "zb1p", "zbv", "dualpipev")
-CALIBRATION_STEPS = 2
 MODES: tuple[Mode, ...] = ("none", "mhc", "full")
 
 
@@ -103,7 +100,7 @@ def _prepare(cell: Cell, config: RunConfig, plain: Program, plan: Plan) -> _Case
     stage = cell.stage(config, plain)
     warm = cell.runner(stage, plain)
     warm.step()
-    events = warm.step()[1].events
+    events = warm.step()[1].events + warm.step()[1].events
     alone = None
     if cell.topology.rank == 0:
         if plan.slow_motion is None:
@@ -113,28 +110,11 @@ def _prepare(cell: Cell, config: RunConfig, plain: Program, plan: Plan) -> _Case
     compute = cast(CostTable, cell.from_rank_0(alone))
     payloads = payloads_of(events)
     link = link_for(compute, payloads, plain, plan.ratio)
-    if plan.slow_motion is None:
-        compute = _calibrated(cell, compute, cell.runner(stage, plain, link=link))
     costs = on_link(compute, payloads, link, message_bytes(config))
-    program = placed_program(config, machine_of(config), costs=costs)
     nominal = None if plan.slow_motion is None else costs
+    costs = calibrated(cell, costs, cell.runner(stage, plain, nominal, link))
+    program = placed_program(config, machine_of(config), costs=costs)
     return _Case(cell.runner(stage, program, nominal, link), costs, predicted_seconds(program, costs))
-
-
-def _calibrated(cell: Cell, costs: CostTable, runner: Runner) -> CostTable:
-    """Compute and overheads as steps on the link itself have them, over all ranks. Collective."""
-    traces = [runner.step()[1].events for _ in range(CALIBRATION_STEPS)]
-    of_ranks = cell.gather(traces)
-    # Every step of every rank counts as a rank of its own: its actions do not mix with those of another.
-    timelines = [events for steps in of_ranks for events in steps]
-    return calibrate(
-        costs,
-        [
-            TraceEvent(number, e.action, e.start, e.end, e.payload_bytes)
-            for number, events in enumerate(timelines)
-            for e in events
-        ],
-    )
 
 
 def _figures(

@@ -8,12 +8,13 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import replace
-from statistics import median
+from statistics import fmean, median
 
 from mhc_dist.pipeline.action import Action, ActionKind, Pass
 from mhc_dist.pipeline.clock import message_of
-from mhc_dist.pipeline.cost import CostTable, ExchangeCost, MessageCost, PhaseCost
+from mhc_dist.pipeline.cost import CostTable, ExchangeCost, Jitter, MessageCost, PhaseCost
 from mhc_dist.pipeline.perfetto import TraceEvent
+from mhc_dist.pipeline.receives import COMPUTE_KINDS
 
 BLOCKED_SHARE = 0.05
 """A wait at least this long, in terms of the flight, shows when the flight landed; a shorter one only that it
@@ -27,6 +28,8 @@ THREAD_KINDS = (
     ActionKind.FREE,
 )
 """They take time of the rank's own thread and never wait."""
+
+NUM_FACTORS = 64
 
 Key = tuple[int, str]
 
@@ -48,6 +51,33 @@ def calibrate(costs: CostTable, events: Sequence[TraceEvent]) -> CostTable:
         step_seconds=_median_of(done, ActionKind.STEP, costs.step_seconds),
         overheads=dict(costs.overheads) | _overheads(done),
     )
+
+
+def jitter_of(costs: CostTable, events: Sequence[TraceEvent], num_ranks: int) -> Jitter | None:
+    """How phases differ from `costs` in `events`; `num_ranks` of an expert group wait for each other.
+
+    Sorted by their factor, phases are cut into parts of equal cost; each part's mean is a factor. So phases
+    simulated with it take the time altogether that they took. None if `events` hold no phases.
+    """
+    seen: list[tuple[float, float]] = []
+    for event in events:
+        if event.lane == "actions" and event.action.kind in COMPUTE_KINDS:
+            cost = costs.seconds(event.action)
+            if cost > 0:
+                seen.append((_seconds(event) / cost, cost))
+    if not seen:
+        return None
+    seen.sort()
+    part = sum(cost for _, cost in seen) / NUM_FACTORS
+    factors: list[float] = []
+    filled = lasted = 0.0
+    for factor, cost in seen:
+        while filled + cost >= part and len(factors) < NUM_FACTORS - 1:
+            factors.append((lasted + factor * (part - filled)) / part)
+            cost -= part - filled
+            filled = lasted = 0.0
+        filled, lasted = filled + cost, lasted + factor * cost
+    return Jitter((*factors, lasted / filled), num_ranks)
 
 
 def _seconds(event: TraceEvent) -> float:
@@ -162,7 +192,8 @@ def _overheads(events: Sequence[TraceEvent]) -> dict[ActionKind, float]:
             flight = event.end - issued.pop(name)
             if _seconds(event) <= BLOCKED_SHARE * flight:
                 seen[action.kind].append(_seconds(event))
-    return {kind: median(seconds) for kind, seconds in seen.items()}
+    # Not medians: a few that had to wait for a lock make most of the time, and it is all of it that counts.
+    return {kind: fmean(seconds) for kind, seconds in seen.items()}
 
 
 def _message(costs: CostTable, events: Sequence[TraceEvent]) -> MessageCost:

@@ -64,13 +64,25 @@ class MessageCost:
     lane: str = "network"
 
 
+@dataclass(frozen=True, slots=True)
+class Jitter:
+    """Phases of real ranks do not all last their cost: `factors` of it are equally likely.
+
+    num_ranks: so many of an expert group differ from each other, and wait for each other at exchanges.
+    """
+
+    factors: tuple[float, ...]
+    num_ranks: int
+
+
 @dataclass(frozen=True)
 class CostTable:
     """Costs of every action of a program. Keys of phases and exchanges are (chunk, item name).
 
     static_bytes[r]: parameters, gradients and optimizer state of rank r. reduce_seconds and step_seconds are
     what is left exposed at the end of a step. overheads: what actions other than phases cost the rank's
-    thread by themselves, such as starting an exchange; nothing unless a run was measured.
+    thread by themselves, such as starting an exchange; nothing unless a run was measured. jitter: how much
+    phases differ from their cost; None where they last exactly that, as far as is known.
     """
 
     phases: Mapping[tuple[int, str], PhaseCost]
@@ -80,6 +92,7 @@ class CostTable:
     step_seconds: float = 0.0
     static_bytes: tuple[int, ...] = ()
     overheads: Mapping[ActionKind, float] = field(default_factory=dict)
+    jitter: Jitter | None = None
 
     def seconds(self, action: Action) -> float:
         """How long `action` keeps its rank's compute busy; communication and bookkeeping take none."""

@@ -50,6 +50,8 @@ class Placement:
     memory_budget: bytes a rank may hold, static ones included; None for no limit. prefetch_recompute: False
     recomputes right before each use, as others do. merge_slots: also run passes side by side that the
     schedule does not pair, where a simulated run says that it pays. wire_margin: see WIRE_MARGIN.
+    late_counts: in pairs, a phase runs between an exchange of token counts and the wait for it. Otherwise
+    each is a place where all ranks of an expert group have to be at once; but rows leave a phase later.
     """
 
     memory_budget: int | None = None
@@ -57,6 +59,7 @@ class Placement:
     prefetch_recompute: bool = True
     merge_slots: bool = True
     wire_margin: float = WIRE_MARGIN
+    late_counts: bool = False
 
 
 def place(
@@ -75,20 +78,28 @@ def place_best(
     costs: CostTable,
     placement: Placement | None = None,
 ) -> tuple[Program, Simulation]:
-    """As `place_and_simulate`, and once more without a margin for slower links where that may pay.
+    """The safest of three placements that costs next to nothing: counts awaited late; as `place`; and without
+    a margin for slower links.
 
-    For runs, which then never get a slower program than the planner found for them; the planner itself saves
-    the time. A margin that leaves no rank waiting for exchanges has cost nothing: no second attempt.
+    For runs, which then never get a much slower program than the planner found for them; the planner itself
+    saves the time. What is safe costs nothing where no rank waits for exchanges all the same: no second
+    attempt. Costs that know how phases differ tell which one really is the fastest.
     """
     placement = placement or Placement()
-    cautious = place_and_simulate(schedule, chunks, costs, placement)
-    simulation = cautious[1]
-    waiting = max(rank.blocked(ActionKind.WAIT) for rank in simulation.ranks)
-    if placement.wire_margin == 1.0 or waiting <= CAUTION * simulation.makespan:
-        return cautious
-    bold = place_and_simulate(schedule, chunks, costs, replace(placement, wire_margin=1.0))
-    allowed = _fits(bold[1], placement) or not _fits(simulation, placement)
-    return bold if allowed and bold[1].makespan * (1 + CAUTION) < simulation.makespan else cautious
+    if placement.wire_margin == 1.0:
+        return place_and_simulate(schedule, chunks, costs, placement)
+    safest = place_and_simulate(schedule, chunks, costs, replace(placement, late_counts=True))
+    waiting = max(rank.blocked(ActionKind.WAIT) for rank in safest[1].ranks)
+    if costs.jitter is None and waiting <= CAUTION * safest[1].makespan and _fits(safest[1], placement):
+        return safest
+    others = (placement, replace(placement, wire_margin=1.0))
+    runs = [safest, *(place_and_simulate(schedule, chunks, costs, other) for other in others)]
+    runs = [run for run in runs if _fits(run[1], placement)] or runs
+    if costs.jitter is None:
+        seconds, allowed = [simulation.makespan for _, simulation in runs], CAUTION
+    else:
+        seconds, allowed = [Simulation(program, costs).makespan for program, _ in runs], TIE
+    return next(run for run, one in zip(runs, seconds, strict=True) if one <= (1 + allowed) * min(seconds))
 
 
 def place_and_simulate(
@@ -97,10 +108,14 @@ def place_and_simulate(
     costs: CostTable,
     placement: Placement | None = None,
 ) -> tuple[Program, Simulation]:
-    """As `place`, with the run of the result, which was needed to choose it."""
+    """As `place`, with the run of the result, which was needed to choose it.
+
+    That run is of phases that all last their cost: what ran side by side in it may run side by side.
+    """
     if len(chunks) != len(schedule.chunk_rank):
         raise ValueError(f"{len(chunks)} chunks given, but the schedule lays out {len(schedule.chunk_rank)}.")
     placement = placement or Placement()
+    costs = replace(costs, jitter=None)
     layout = Layout(schedule.chunk_rank, schedule.num_microbatches, schedule.num_copies)
     placer = _Placer(chunks, layout, costs, placement)
     groups = [[Group(ops_of(slot)) for slot in slots] for slots in schedule.ranks]
@@ -245,13 +260,7 @@ class _Placer:
             group.ordered,
         )
         if key not in self._slots:
-            late = not self._placement.prefetch_recompute
-            whole_pair = not group.ordered and len(units) == 2 and any(u.keeps_weights for u in units)
-            costs = self._cautious if whole_pair else self._costs
-            scheduler = SlotScheduler(
-                units, queues, costs, headroom, late_recompute=late, ordered=group.ordered
-            )
-            self._slots[key] = scheduler.run()
+            self._slots[key] = self._scheduled(units, queues, headroom, ordered=group.ordered)
         taken = [0, 0]
         for step in self._slots[key]:
             if step.source < len(ops):
@@ -279,6 +288,41 @@ class _Placer:
                 )
             if op.kind is OpKind.F:
                 state.forwarded.add((op.chunk, op.microbatch))
+
+    def _scheduled(
+        self,
+        units: tuple[Unit, ...],
+        queues: Sequence[Sequence[Filler]],
+        headroom: int | None,
+        *,
+        ordered: bool,
+    ) -> list[Step]:
+        """The steps of a slot. Recomputation may move, unless its own pair is faster where it waits for its
+        use: where exchanges take as long as compute, it must not delay what starts the next one.
+        """
+        whole_pair = not ordered and len(units) == 2 and any(unit.keeps_weights for unit in units)
+        placement = self._placement
+
+        def scheduler(costs: CostTable, *, late: bool) -> SlotScheduler:
+            return SlotScheduler(
+                units,
+                queues,
+                costs,
+                headroom,
+                late_recompute=late,
+                ordered=ordered,
+                late_counts=placement.late_counts and whole_pair,
+            )
+
+        def seconds(*, late: bool) -> float:
+            timed = scheduler(self._costs, late=late)
+            timed.run()
+            return timed.seconds
+
+        late = not placement.prefetch_recompute
+        if not late and whole_pair and any(map(_recomputes, units)):
+            late = (1 + TIE) * seconds(late=True) < seconds(late=False)
+        return scheduler(self._cautious if whole_pair else self._costs, late=late).run()
 
     def _most_bytes(self, unit: Unit) -> int:
         """What a pass can add to live memory if nothing is given back meanwhile."""
@@ -359,6 +403,11 @@ class _RankState:
         self.put_off: deque[tuple[Filler, int]] = deque()
         self.recomputed: dict[tuple[int, int], set[str]] = {}
         self.forwarded: set[tuple[int, int]] = set()
+
+
+def _recomputes(unit: Unit) -> bool:
+    nodes = unit.graph.nodes
+    return any(n.kind is ActionKind.RECOMPUTE and i not in unit.finished for i, n in enumerate(nodes))
 
 
 def _last_block_first(graph: OpGraph) -> list[str]:

@@ -72,6 +72,8 @@ class SlotScheduler:
     queues: fillers, each queue to be taken from its front; earlier queues are preferred. The weight gradients
     that this slot's own passes put off come after those of the first queue, and are left over if no gap takes
     them. ordered: units finish one after the other, and a later one only fills the gaps of the first.
+    late_counts: an exchange that another one needs (the counts before the rows) is awaited after the next
+    phase at the earliest, so that a peer may be late by that phase.
     """
 
     units: Sequence[Unit]
@@ -80,6 +82,7 @@ class SlotScheduler:
     headroom: int | None
     late_recompute: bool = False
     ordered: bool = False
+    late_counts: bool = False
     steps: list[Step] = field(default_factory=list)
 
     def run(self) -> list[Step]:
@@ -112,6 +115,11 @@ class SlotScheduler:
                 self._wait(unit, position)
             self._leave_if_complete(unit)
         return self.steps
+
+    @property
+    def seconds(self) -> float:
+        """After `run`: how long the slot takes."""
+        return self._now
 
     def _node_action(self, unit: Unit, node: Node) -> Action:
         defer = node.kind is ActionKind.GRADIENT and unit.split_weights and node.has_weights
@@ -222,7 +230,9 @@ class SlotScheduler:
                 if node.needs_arrival and not self._arrived[u]:
                     continue
                 action = self._node_action(unit, node)
-                patience = self._now + PATIENCE * self.costs.wire_seconds(action)
+                patience = self._now
+                if not self.late_counts:
+                    patience += PATIENCE * self.costs.wire_seconds(action)
                 flying, done = self._flying[u], self._done[u]
                 if all(need in done or flying.get(need, inf) <= patience for need in node.needs):
                     for need in node.needs:

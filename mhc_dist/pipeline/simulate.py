@@ -4,19 +4,24 @@ The same program object that the executor runs. Rules, as there: one compute thr
 flies from its ISSUE, on a lane that carries one thing at a time; a SEND returns at once and its transfer
 begins when the receiver has posted; WAIT and ARRIVE block. Standard library only.
 
-All ranks of an expert group run the same actions at the same costs, so one stands for all.
+All ranks of an expert group run the same actions. Where they have the same costs, one stands for all. Where
+the costs know how phases differ (`Jitter`), several run side by side, each with durations of its own: an
+exchange then lands when the last of them has delivered.
 """
 
 from __future__ import annotations
 
 import heapq
+from collections import defaultdict
 from dataclasses import dataclass, field
+from random import Random
 
 from mhc_dist.pipeline.action import Action, ActionKind, Pass, Program
 from mhc_dist.pipeline.clock import Message, message_of
 from mhc_dist.pipeline.cost import CostTable, bytes_at_end, bytes_at_start
 from mhc_dist.pipeline.errors import InvalidProgram
 from mhc_dist.pipeline.memory import SendBuffers
+from mhc_dist.pipeline.receives import COMPUTE_KINDS
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,17 +71,26 @@ class RankTimeline:
         return sum(a.blocked for a in self.actions if a.action.kind in kinds)
 
 
-class _Rank:
-    """Progress of one rank."""
+Exchange = tuple[int, int, str, Pass | None]
+"""(chunk, microbatch, item, direction)"""
 
-    def __init__(self, actions: tuple[Action, ...], static_bytes: int, costs: CostTable) -> None:
+
+class _Rank:
+    """Progress of one rank: a member of the expert group of pipeline rank `pipeline_rank`."""
+
+    def __init__(
+        self, pipeline_rank: int, member: int, actions: tuple[Action, ...], costs: CostTable
+    ) -> None:
+        self.pipeline_rank, self.member = pipeline_rank, member
+        static_bytes = costs.static_bytes[pipeline_rank] if costs.static_bytes else 0
+        # Seeded, so that all processes that simulate a program see the same run.
+        self.random = Random(f"{pipeline_rank} {member}")
         self.actions = actions
         self.sending = SendBuffers(costs)
         self.position = 0
         self.now = 0.0
         self.held = static_bytes
         self.lane_free: dict[str, float] = {}
-        self.landing: dict[tuple[int, int, str, Pass | None], float] = {}
         self.timeline = RankTimeline(memory=[(0.0, static_bytes)])
 
     def take(self, lane: str, earliest: float, seconds: float) -> tuple[float, float]:
@@ -92,19 +106,25 @@ class _Rank:
 
 
 class Simulation:
-    """Simulate `program` under `costs`: results in `ranks`."""
+    """Simulate `program` under `costs`: results in `ranks`, the members of an expert group side by side."""
 
     def __init__(self, program: Program, costs: CostTable) -> None:
         self._program = program
         self._costs = costs
-        static = costs.static_bytes or (0,) * program.num_ranks
+        self._num_members = costs.jitter.num_ranks if costs.jitter else 1
         self._ranks = [
-            _Rank(actions, held, costs) for actions, held in zip(program.actions, static, strict=True)
+            _Rank(pipeline_rank, member, actions, costs)
+            for pipeline_rank, actions in enumerate(program.actions)
+            for member in range(self._num_members)
         ]
-        self._posted: dict[Message, float] = {}
-        self._sent: dict[Message, tuple[float, int, Action]] = {}
-        self._landed: dict[Message, float] = {}
-        self._parked: dict[Message, int] = {}
+        # By member of the group: messages stay among the ranks of one column.
+        self._posted: dict[tuple[int, Message], float] = {}
+        self._sent: dict[tuple[int, Message], tuple[float, int, Action]] = {}
+        self._landed: dict[tuple[int, Message], float] = {}
+        self._parked: dict[tuple[int, Message], int] = {}
+        # When each member that has issued an exchange did so, and when its data lands; who waits for others.
+        self._flying: dict[Exchange, list[tuple[float, float]]] = defaultdict(list)
+        self._waiting: dict[Exchange, list[int]] = defaultdict(list)
         self._run()
         self.ranks = [rank.timeline for rank in self._ranks]
 
@@ -125,9 +145,10 @@ class Simulation:
                 running = self._step(index, rank) and rank.position < len(rank.actions)
             if running:
                 heapq.heappush(self._queue, (rank.now, index))
-        for index, rank in enumerate(self._ranks):
+        for rank in self._ranks:
             if rank.position < len(rank.actions):
-                raise InvalidProgram(index, rank.actions[rank.position], "waits for ever")
+                action = rank.actions[rank.position]
+                raise InvalidProgram(rank.pipeline_rank, action, "waits for ever")
 
     def _step(self, index: int, rank: _Rank) -> bool:
         """Run one action; False if the rank has to be woken by a transfer."""
@@ -135,30 +156,31 @@ class Simulation:
         start = rank.now
         blocked = starved = 0.0
         overhead = self._costs.overheads.get(action.kind, 0.0)
+        if self._has_to_wait_for_others(index, rank, action):
+            return False
         rank.hold(start, bytes_at_start(action, self._costs) + rank.sending.grow(action))
         match action.kind:
             case ActionKind.ISSUE:
                 rank.now += overhead
                 self._issue(rank, action)
             case ActionKind.WAIT:
-                landing = rank.landing.pop(_exchange_key(action))
-                blocked = max(0.0, landing - start)
-                rank.now = start + blocked + overhead
+                flights = self._flying[_exchange(action)]
+                rank.now = max(start, *(landing for _, landing in flights))
+                starved = max(0.0, min(rank.now, max(issued for issued, _ in flights)) - start)
+                blocked = rank.now - start - starved
+                rank.now += overhead
             case ActionKind.SEND:
                 rank.now += overhead
-                message = message_of(action)
+                message = (rank.member, message_of(action))
                 self._sent[message] = (rank.now, index, action)
                 self._match(message)
             case ActionKind.RECV:
                 rank.now += overhead
-                message = message_of(action)
+                message = (rank.member, message_of(action))
                 self._posted[message] = rank.now
                 self._match(message)
             case ActionKind.ARRIVE:
-                message = message_of(action)
-                if message not in self._landed:
-                    self._parked[message] = index
-                    return False
+                message = (rank.member, message_of(action))
                 landing = self._landed.pop(message)
                 sent = self._sent.pop(message)[0]
                 rank.now = max(start, landing)
@@ -166,7 +188,7 @@ class Simulation:
                 blocked = rank.now - start - starved
                 rank.now += overhead
             case _:
-                rank.now = start + self._costs.seconds(action) + overhead
+                rank.now = start + self._seconds(rank, action) + overhead
         rank.hold(rank.now, -bytes_at_end(action, self._costs, training=self._program.training))
         rank.timeline.actions.append(SimulatedAction(action, start, rank.now, blocked, starved))
         rank.position += 1
@@ -174,13 +196,37 @@ class Simulation:
             rank.hold(rank.now, -rank.sending.held)
         return True
 
+    def _has_to_wait_for_others(self, index: int, rank: _Rank, action: Action) -> bool:
+        """True if `rank` cannot go on yet; whoever lets it go on puts it back into the queue."""
+        if action.kind is ActionKind.ARRIVE:
+            message = (rank.member, message_of(action))
+            if message not in self._landed:
+                self._parked[message] = index
+                return True
+        if action.kind is ActionKind.WAIT:
+            exchange = _exchange(action)
+            if len(self._flying[exchange]) < self._num_members:
+                self._waiting[exchange].append(index)
+                return True
+        return False
+
+    def _seconds(self, rank: _Rank, action: Action) -> float:
+        seconds = self._costs.seconds(action)
+        if self._costs.jitter is None or action.kind not in COMPUTE_KINDS:
+            return seconds
+        return seconds * rank.random.choice(self._costs.jitter.factors)
+
     def _issue(self, rank: _Rank, action: Action) -> None:
         lane = self._costs.lane(action)
         start, end = rank.take(lane, rank.now, self._costs.wire_seconds(action))
-        rank.landing[_exchange_key(action)] = end
+        exchange = _exchange(action)
+        self._flying[exchange].append((rank.now, end))
         rank.timeline.flights.append(Flight(action, lane, start, end))
+        if len(self._flying[exchange]) == self._num_members:
+            for index in self._waiting.pop(exchange, ()):
+                heapq.heappush(self._queue, (max(end, self._ranks[index].now), index))
 
-    def _match(self, message: Message) -> None:
+    def _match(self, message: tuple[int, Message]) -> None:
         """Start the transfer once it is sent and posted; wake whoever is parked for it."""
         if message not in self._sent or message not in self._posted:
             return
@@ -195,5 +241,5 @@ class Simulation:
             heapq.heappush(self._queue, (max(end, self._ranks[parked].now), parked))
 
 
-def _exchange_key(action: Action) -> tuple[int, int, str, Pass | None]:
+def _exchange(action: Action) -> Exchange:
     return (action.chunk, action.microbatch, action.item, action.direction)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from itertools import pairwise
 from pathlib import Path
-from time import perf_counter
+from time import perf_counter, sleep
 
 import torch
 import torch.distributed as dist
@@ -52,8 +52,8 @@ def test_collectives_give_what_gloo_gives() -> None:
     assert run_ranks(3, uneven) == [True, True, True]
 
 
-def flights(rank: int) -> tuple[float, float, bool]:
-    """Seconds of two all-to-alls issued together; whether one was over at once."""
+def flights(rank: int) -> tuple[float, float, bool, float]:
+    """Seconds of two all-to-alls issued together, whether one was over at once, one with a late peer."""
     route = Route()
     group = linked(route)
     route.link = EmulatedLink(SLOW.latency_seconds, SLOW.bytes_per_second)
@@ -65,15 +65,23 @@ def flights(rank: int) -> tuple[float, float, bool]:
     works[0].wait()
     first = perf_counter() - start
     works[1].wait()
-    return first, perf_counter() - start, over
+    both = perf_counter() - start
+    dist.barrier()
+    start = perf_counter()
+    sleep(0.2 * rank)
+    dist.all_to_all_single(torch.empty(2, 1000), rows, group=group)
+    return first, both, over, perf_counter() - start
 
 
 def test_exchanges_take_the_links_time_one_after_the_other() -> None:
-    """Oracle: 4000 bytes to the peer: 0.15 s + 4000 / 1e5 s = 0.19 s each, the second behind the first."""
-    for first, both, over in run_ranks(2, flights):
+    """Oracle: 4000 bytes to the peer: 0.15 s + 4000 / 1e5 s = 0.19 s each, the second behind the first; what
+    a late peer sends takes as long from when it sends.
+    """
+    for first, both, over, late in run_ranks(2, flights):
         assert not over
         assert first >= 0.19
         assert both >= 2 * 0.19
+        assert late >= 0.2 + 0.19
 
 
 def messages(rank: int) -> tuple[float, float]:

@@ -19,6 +19,7 @@ from tests.small import small_config
 
 TRAINED = ("1f1b", "zb1p", "zbv", "dualpipev", "interleaved", "gpipe")
 LATE = Placement(prefetch_recompute=False)
+LATE_COUNTS = Placement(late_counts=True)
 """Recomputation right before its use, as others place it."""
 
 
@@ -68,21 +69,22 @@ def check_bits(got: list[case.Gradients], want: list[case.Gradients]) -> None:
 def test_gradients_are_bit_equal_to_the_plain_lowering(schedule: str, recompute: str) -> None:
     """Oracle: the plain lowering of the same schedule on the same ranks, nothing recomputed, bit for bit."""
     config, plain = config_of(schedule, recompute), config_of(schedule, "none")
-    assert [a for a in slow_link_program(config).actions[0] if a.kind is not ActionKind.RECV] != [
+    placement = LATE_COUNTS if (schedule, recompute) == ("dualpipev", "mhc") else None
+    assert [a for a in slow_link_program(config, placement).actions[0] if a.kind is not ActionKind.RECV] != [
         a for a in case.make_program(plain).actions[0] if a.kind is not ActionKind.RECV
     ]
-    check_bits(run_ranks(4, placed_gradients, config), run_ranks(4, case.rank_gradients, plain))
+    check_bits(run_ranks(4, placed_gradients, config, placement), run_ranks(4, case.rank_gradients, plain))
 
 
 @pytest.mark.long
 @pytest.mark.parametrize("schedule", TRAINED)
 def test_no_mode_and_no_placement_changes_a_bit(schedule: str) -> None:
     """Oracle: the plain lowering, nothing recomputed. Each recompute mode and block length against it: plain,
-    placed, and placed with recomputation right before its use.
+    placed, placed with recomputation right before its use, and with counts awaited late.
     """
     want = run_ranks(4, case.rank_gradients, config_of(schedule, "none"))
     for recompute, block in (("none", "auto"), ("mhc", "auto"), ("mhc", 2), ("mhc", 16), ("full", "auto")):
         config = config_of(schedule, recompute, block)
         check_bits(run_ranks(4, case.rank_gradients, config), want)
-        for placement in (None, LATE):
+        for placement in (None, LATE, LATE_COUNTS):
             check_bits(run_ranks(4, placed_gradients, config, placement), want)

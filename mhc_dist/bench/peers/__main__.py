@@ -19,7 +19,7 @@ from typing import Any
 
 from mhc_dist.bench.cell import run_ranks
 from mhc_dist.bench.command import Bench, Outcome
-from mhc_dist.bench.namespaces import MAX_RATE, ShapedNetwork
+from mhc_dist.bench.namespaces import LABEL, MAX_RATE, ShapedNetwork
 from mhc_dist.bench.overrun import BOUND
 from mhc_dist.bench.peers.figures import OURS, OURS_MHC
 from mhc_dist.bench.peers.ranks import Plan, measure
@@ -41,7 +41,7 @@ COMPUTE = {
     "real": "compute measured, two ranks on two cores",
     "nominal": "nominal compute: measured single-rank times in slow motion",
 }
-LINK = {"emulated": "emulated link", "veth": "veth between network namespaces, rate-limited by tbf"}
+LINK = {"emulated": "emulated link", "veth": LABEL}
 
 
 def measured(config: RunConfig, options: argparse.Namespace) -> Outcome:

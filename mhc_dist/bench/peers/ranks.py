@@ -49,10 +49,12 @@ from mhc_dist.config import RunConfig
 from mhc_dist.pipeline.action import Program
 from mhc_dist.pipeline.cost import CostTable
 from mhc_dist.pipeline.lower import lower
+from mhc_dist.pipeline.trace import Event
 from mhc_dist.plan.layout import own_shapes, schedule_of
 from mhc_dist.plan.run_costs import placed_program
 
 MODES: tuple[Mode, Mode] = ("none", "mhc")
+NUM_WARM_STEPS = 2
 TOLERANCE, ROUNDING = 1e-5, 5e-8
 """Largest difference of a gradient between engines: TOLERANCE of its norm, and ROUNDING of the norm of all
 gradients, since some are sums that nearly cancel."""
@@ -146,12 +148,14 @@ def _message_share(config: RunConfig, program: Program, payloads: Payloads, link
 
 def _costs(plan: Plan, cell: Cell, plain: Mapping[Mode, Program]) -> tuple[dict[Mode, CostTable], Payloads]:
     """Compute per recompute mode, equal on all ranks, and what exchanges carry."""
-    events = {}
+    events: dict[Mode, list[Event]] = {}
     for mode in MODES:
         warm = Own(cell, RealTime(), plain[mode], mode)
         warm.step()
-        warm.step()
-        events[mode] = warm.trace.events
+        events[mode] = []
+        for _ in range(NUM_WARM_STEPS):
+            warm.step()
+            events[mode] += warm.trace.events
     costs: dict[Mode, CostTable] = {}
     if cell.topology.rank == 0:
         for mode in MODES:

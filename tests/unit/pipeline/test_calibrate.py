@@ -5,12 +5,13 @@ from __future__ import annotations
 import json
 from dataclasses import replace
 from pathlib import Path
+from statistics import fmean, median
 
 import pytest
 
 from mhc_dist.pipeline.action import ActionKind
-from mhc_dist.pipeline.calibrate import calibrate
-from mhc_dist.pipeline.cost import CostTable
+from mhc_dist.pipeline.calibrate import calibrate, jitter_of
+from mhc_dist.pipeline.cost import CostTable, Jitter
 from mhc_dist.pipeline.demonstration import Shown
 from mhc_dist.pipeline.lower import lower
 from mhc_dist.pipeline.perfetto import read_events, simulated_events, write_perfetto
@@ -114,3 +115,23 @@ def test_refuses_what_is_not_a_trace_of_this_run(tmp_path: Path) -> None:
     events = simulated_events(Shown(program, Simulation(program, costs), "second"))
     with pytest.raises(ValueError, match="has phase attention0 of chunk 0, which this run lacks"):
         calibrate(replace(costs, phases={}), events)
+
+
+def test_gives_back_how_phases_differ() -> None:
+    """Oracle: the factors that two simulated ranks ran with; their mean to the last event."""
+    schedule, shape = make_schedule("dualpipev", 2, 16), recomputing_chunk()
+    plain = costs_for(schedule, shape, wire=0.5, recompute=0.25, message=0.125)
+    program = lower(schedule, chunks_for(schedule, shape))
+    shaken = replace(plain, jitter=Jitter((0.5, 1.0, 1.0, 3.5), 2))
+    events = simulated_events(Shown(program, Simulation(program, shaken), "second"))
+    found = jitter_of(plain, events, 2)
+    assert found is not None
+    assert found.num_ranks == 2
+    factors = sorted(round(factor, 6) for factor in found.factors)
+    assert factors[0] == 0.5
+    assert factors[-1] == 3.5
+    assert median(factors) == 1.0
+    phases = [e for e in events if e.lane == "actions" and plain.seconds(e.action) > 0]
+    lasted, cost = sum(e.end - e.start for e in phases), sum(plain.seconds(e.action) for e in phases)
+    assert fmean(found.factors) == pytest.approx(lasted / cost)
+    assert jitter_of(plain, [], 2) is None

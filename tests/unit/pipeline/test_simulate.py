@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 
 from mhc_dist.pipeline.action import ActionKind
-from mhc_dist.pipeline.cost import MessageCost
+from mhc_dist.pipeline.cost import Jitter, MessageCost
 from mhc_dist.pipeline.errors import InvalidProgram
 from mhc_dist.pipeline.lower import lower, lower_evaluation
 from mhc_dist.pipeline.schedules.registry import SCHEDULES, make_schedule
@@ -111,3 +111,32 @@ def test_a_stuck_program_is_an_error() -> None:
         Simulation(
             replace(program, actions=(program.actions[0], without)), costs_for(schedule, dense_chunk())
         )
+
+
+def test_members_of_a_group_wait_for_each_other() -> None:
+    """Oracle: by hand. Two ranks whose phases all last twice their cost: twice the compute, the same wires;
+    with factors that differ, an exchange lands for both when the later one's data do.
+    """
+    schedule, shape = make_schedule("1f1b", 1, 1), experts_chunk()
+    calm = costs_for(schedule, shape, wire=0.75)
+    program = lower_evaluation((0,), (shape,), 1)
+    twice = Simulation(program, replace(calm, jitter=Jitter((2.0,), 2)))
+    # dispatch behind the shared experts (0.25), now 0.5 of its 0.75; combine behind nothing
+    assert [rank.seconds for rank in twice.ranks] == [2 * (1.0 + 0.25 + 1.0 + 0.125) + 0.25 + 0.75] * 2
+    uneven = Simulation(program, replace(calm, jitter=Jitter((1.0, 1.5, 4.0), 3)))
+    late = 0
+    for item in ("count0", "dispatch0", "combine0"):
+        issued, landed, waited = [], [], []
+        for rank in uneven.ranks:
+            (flight,) = (f for f in rank.flights if f.action.item == item)
+            (wait,) = (a for a in rank.actions if a.action.item == item and a.action.kind is ActionKind.WAIT)
+            issued.append(flight.start)
+            landed.append(flight.end)
+            waited.append(wait)
+        late += len(set(issued)) - 1
+        for wait in waited:
+            assert wait.end == max(wait.start, *landed)
+            assert wait.starved == pytest.approx(max(0.0, min(wait.end, max(issued)) - wait.start))
+    assert late
+    again = Simulation(program, replace(calm, jitter=Jitter((1.0, 1.5, 4.0), 3)))
+    assert again.makespan == uneven.makespan
