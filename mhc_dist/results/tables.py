@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 from mhc_dist.results.collection import Collection
+from mhc_dist.results.limits import limits_table
 from mhc_dist.results.shown import provenance, shown, table
 from mhc_dist.results.tables_plans import PLAN_TABLES
 
@@ -252,6 +253,7 @@ def scaling_steps(collection: Collection) -> str:
             shown(point["exposed_all_to_all_ratio"] + point["exposed_p2p_ratio"], "%"),
             shown(point["reduce_seconds"] / point["step_seconds"], "%"),
             shown(point["overhead_ratio_same_layout"], "+%"),
+            shown(point["peak_memory_bytes"], "GB") + ("" if point["fits"] else ", too much"),
         ]
         for point in figures["points"]
     ]
@@ -266,6 +268,7 @@ def scaling_steps(collection: Collection) -> str:
         "exposed",
         "reduction",
         "overhead",
+        "memory",
     ]
     return with_source(collection, table(headings, rows), "scaling")
 
@@ -278,7 +281,11 @@ def scaling_costs(collection: Collection) -> str:
             shown(cost["devices"], "int"),
             f"{cost['pipeline']} x {cost['num_microbatches']}",
             shown(cost["actions"], "int"),
-            *(shown(cost["seconds"][part], ".3g") for part in ("lower", "place", "validate", "simulate")),
+            *(
+                shown(cost["seconds"][part], ".3g")
+                for part in ("lower", "validate", "simulate", "place", "place_with_collector")
+            ),
+            shown(cost["lowered_bytes"], "MB"),
             shown(cost["peak_bytes"], "MB"),
         ]
         for cost in figures["costs"]
@@ -288,12 +295,19 @@ def scaling_costs(collection: Collection) -> str:
         "pipeline x microbatches",
         "actions",
         "lower s",
-        "place s",
         "validate s",
         "simulate s",
-        "memory",
+        "place s",
+        "with collector",
+        "memory, lowered",
+        "placed",
     ]
     return with_source(collection, table(headings, rows), "scaling")
+
+
+def scaling_limits(collection: Collection) -> str:
+    """What grows on the way to ten times as many ranks."""
+    return with_source(collection, limits_table(collection.need("scaling").figures), "scaling")
 
 
 TABLES: dict[str, Table] = {
@@ -309,4 +323,5 @@ TABLES: dict[str, Table] = {
     "sinkhorn": sinkhorn,
     "scaling_steps": scaling_steps,
     "scaling_costs": scaling_costs,
+    "scaling_limits": scaling_limits,
 }

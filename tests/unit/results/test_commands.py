@@ -1,0 +1,93 @@
+"""What writes result files for the page: kept runs, planned cells, the list of commands."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+
+import pytest
+
+from mhc_dist.plan.weak_scaling import series
+from mhc_dist.results import keep, plans, rerun
+from mhc_dist.results.meshes import mesh_figures
+from mhc_dist.results.result_file import read_result
+from mhc_dist.results.source import load_source
+from mhc_dist.results.starting import starting_figures
+
+
+def test_a_finished_run_is_kept(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Oracle: the run's own summary and curve."""
+    run, results = tmp_path / "runs" / "small", tmp_path / "results"
+    run.mkdir(parents=True)
+    (run / "loss.png").write_bytes(b"picture")
+    assert keep.main([str(run), "--results", str(results)]) == 2
+    assert "only a run that reached its last step can be kept" in capsys.readouterr().err
+    (run / "summary.json").write_text('{"run": "small", "validation_loss": 2.5}')
+    assert keep.main([str(run), "--results", str(results)]) == 0
+    kept = read_result(results / "small.json")
+    assert kept.command == "mhc-dist train configs/small.yaml"
+    assert kept.figures["validation_loss"] == 2.5
+    assert (results / "small_loss.png").read_bytes() == b"picture"
+
+
+def test_every_result_has_a_command_to_measure_it_again(tmp_path: Path) -> None:
+    """Oracle: page.yaml's own list; with a file there, only the others are missing."""
+    everything = rerun.commands(tmp_path, only_missing=False)
+    assert everything == rerun.commands(tmp_path, only_missing=True)
+    source = load_source()
+    assert set(everything) == {known.command for known in source.results.values()} | {
+        "mhc-dist results plans"
+    }
+    conditions = {"commit": "c", "processor": "P", "cores": 2, "load_average": [0.5], "time": "2026-01-02"}
+    content = {"command": "x", "label": "y", "conditions": conditions, "figures": {}}
+    (tmp_path / "memory.json").write_text(json.dumps(content))
+    left = rerun.commands(tmp_path, only_missing=True)
+    assert set(everything) - set(left) == {"mhc-dist bench memory"}
+
+
+def test_planned_cells_are_not_planned_twice(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Oracle: the file's time of change, before and after the second call; a bad name is told in one line."""
+    # One processor: so small a search is not worth starting others for.
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: {0})
+    arguments = ["--models", "tiny", "--clusters", "laptop", "--gpus", "2", "--results", str(tmp_path)]
+    assert plans.main(arguments) == 0
+    path = tmp_path / "plans" / "tiny_laptop_2.json"
+    figures = read_result(path).figures
+    plan = figures["plan"]
+    assert (1 + plan["overhead_ratio"]) * figures["plain"]["step_seconds"] == pytest.approx(
+        plan["step_seconds"]
+    )
+    assert sum(plan["overhead_breakdown"].values()) == pytest.approx(plan["overhead_ratio"])
+    overlap = figures["without"]["overlap"]
+    assert overlap["slower"] == pytest.approx(overlap["step_seconds"] / plan["step_seconds"] - 1)
+    changed = path.stat().st_mtime_ns
+    assert plans.main(arguments) == 0
+    assert path.stat().st_mtime_ns == changed
+    assert "1 of 1 cells are there already" in capsys.readouterr().out
+    assert plans.main([*arguments, "--clusters", "moon"]) == 2
+    assert "no cluster file" in capsys.readouterr().err
+
+
+def test_series_keep_every_rank_its_work() -> None:
+    """Oracle: layers and microbatches per pipeline rank, which weak scaling holds constant."""
+    points = list(series())
+    assert {p.devices for p in points if p.series == "deeper"} == {2**k for k in range(3, 13)}
+    assert max(p.devices for p in points if p.series == "wider") == 4096
+    for point in points:
+        if point.num_layers is not None:
+            assert point.num_layers == 4 * point.pipeline
+        assert point.num_microbatches == 4 * point.pipeline
+
+
+def test_what_a_start_costs() -> None:
+    """Oracle: groups counted by hand for 8 pipeline and 8 data ranks; sockets to every rank but oneself."""
+    figures = starting_figures(64)
+    # One expert group a stage, twice; one data group a stage; 2 x 7 channels in each of 8 columns.
+    assert figures["groups"] == 8 + 8 + 8 + 14 * 8
+    assert figures["roll_bytes_served"] == 64 * figures["roll_bytes"]
+    (mesh,) = mesh_figures([3])
+    assert mesh["ranks"] == 3
+    assert mesh["sockets_of_a_rank"] >= 2
