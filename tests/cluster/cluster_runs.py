@@ -11,7 +11,11 @@ from subprocess import Popen
 
 import psutil
 import pytest
+from hosts import Host
+from mhc_launcher.marked import is_rank
 
+from mhc_dist.checkpoint.folder import committed
+from mhc_dist.observe.run_log import read_log
 from tests.small_run import SMALL_RUN
 
 ROOT = Path(__file__).parents[2]
@@ -20,6 +24,8 @@ MHC_DIST = str(Path(sys.executable).with_name("mhc-dist"))
 # On the CPU, one thread a rank: several ranks share a core here.
 ENVIRON = {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "-1"}
 SMALL = [*SMALL_RUN, "train.steps=3", "checkpoint.mode=none"]
+SAVING = ("train.steps=24", "checkpoint.mode=async", "checkpoint.every_steps=4", "checkpoint.keep_last=0")
+"""A run that is long enough to be killed behind a commit."""
 
 
 def settings(output: Path, *overrides: str) -> list[str]:
@@ -37,7 +43,7 @@ def summary(out: str) -> dict[str, object]:
     return content
 
 
-def wait_for_step(output: Path, step: int, process: Popen[str], seconds: float = 180) -> None:
+def wait_for_step(output: Path, step: int, process: Popen[str], seconds: float = 400) -> None:
     """Until the run has made `step` steps; fails at once when it ends before."""
     metrics = output / "tiny" / "metrics.jsonl"
     deadline = time.monotonic() + seconds
@@ -45,6 +51,39 @@ def wait_for_step(output: Path, step: int, process: Popen[str], seconds: float =
         assert process.poll() is None, process.communicate()
         assert time.monotonic() < deadline, f"the run did not get to step {step} in {seconds} s"
         time.sleep(0.1)
+
+
+def wait_for_commit(
+    output: Path, after_step: int, process: Popen[str] | None = None, seconds: float = 400
+) -> int:
+    """Until a checkpoint of a later step than `after_step` is committed; returns the newest one's step.
+
+    Fails at once when `process` ends before.
+    """
+    deadline = time.monotonic() + seconds
+    while (newest := max(committed(output / "tiny" / "checkpoints"), default=0)) <= after_step:
+        assert process is None or process.poll() is None, process and process.communicate()
+        assert time.monotonic() < deadline, f"no commit after step {after_step} in {seconds} s"
+        time.sleep(0.05)
+    return newest
+
+
+def kill_a_rank(host: Host) -> None:
+    """SIGKILL to one rank on `host`; the others hear of it from their watchdogs, as after any crash."""
+    for pid in host.pids():
+        try:
+            process = psutil.Process(pid)
+            if is_rank(process.cmdline(), "mhc_dist.train"):
+                process.kill()
+                return
+        except psutil.NoSuchProcess:
+            continue
+    raise AssertionError(f"no rank runs on {host.name}")
+
+
+def losses(output: Path) -> list[object]:
+    """Loss and gradient norm of every step, from the log."""
+    return [(record["step"], record["loss"], record["grad_norm"]) for record in read_log(output / "tiny")]
 
 
 def processes_of(output: Path) -> list[psutil.Process]:

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import os
 import signal
+import subprocess
 import sys
 from pathlib import Path
 
@@ -30,3 +31,40 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         item.add_marker(pytest.mark.timeout(LIMIT_SECONDS.get(item.path.name, OTHERS_LIMIT_SECONDS)))
         if os.geteuid() != 0 and "needs_root" in item.keywords:
             item.add_marker(pytest.mark.skip(reason="network namespaces and sshd on port 22 need root"))
+
+
+@pytest.fixture(scope="session")
+def loss(tmp_path_factory: pytest.TempPathFactory) -> float:
+    """What the small run's last step gives on a single node."""
+    from cluster_runs import ENVIRON, summary, train_command
+
+    done = subprocess.run(
+        train_command(tmp_path_factory.mktemp("single")),
+        env=os.environ | ENVIRON,
+        capture_output=True,
+        text=True,
+        timeout=600,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    found = summary(done.stdout)["train_loss"]
+    assert isinstance(found, float)
+    return found
+
+
+@pytest.fixture(scope="session")
+def uninterrupted(tmp_path_factory: pytest.TempPathFactory) -> list[object]:
+    """All steps of a run that saves, on a single node, and that nobody kills."""
+    from cluster_runs import ENVIRON, SAVING, losses, train_command
+
+    output = tmp_path_factory.mktemp("uninterrupted")
+    done = subprocess.run(
+        train_command(output, overrides=SAVING),
+        env=os.environ | ENVIRON,
+        capture_output=True,
+        text=True,
+        timeout=600,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    return losses(output)

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import os
+import re
 import signal
-import subprocess
 import sys
 import time
 from collections.abc import Iterator
@@ -13,7 +12,19 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
-from cluster_runs import ENVIRON, ROOT, need, processes_of, summary, train_command, wait_for_step
+from cluster_runs import (
+    ENVIRON,
+    ROOT,
+    SAVING,
+    kill_a_rank,
+    losses,
+    need,
+    processes_of,
+    summary,
+    train_command,
+    wait_for_commit,
+    wait_for_step,
+)
 from hosts import Host, Hosts, start_ssh
 
 pytestmark = pytest.mark.needs_root
@@ -41,19 +52,6 @@ def uneven(tmp_path: Path) -> Path:
     path = tmp_path / "hostfile"
     path.write_text("# two hosts\nnode0 slots=1  # the first\n\nnode1 slots=3\n")
     return path
-
-
-@pytest.fixture(scope="module")
-def loss(tmp_path_factory: pytest.TempPathFactory) -> float:
-    """What the run's last step gives on a single node."""
-    output = tmp_path_factory.mktemp("single")
-    done = subprocess.run(
-        train_command(output), env=os.environ | ENVIRON, capture_output=True, text=True, check=False
-    )
-    assert done.returncode == 0, done.stderr
-    found = summary(done.stdout)["train_loss"]
-    assert isinstance(found, float)
-    return found
 
 
 def test_pdsh_over_sshd(cluster: Cluster, uneven: Path, tmp_path: Path, loss: float) -> None:
@@ -157,6 +155,75 @@ def test_one_node_killed_ends_the_rest(tmp_path: Path) -> None:
         assert "host right cannot be asked" in err
         assert processes_of(tmp_path / "runs") == []
         print(f"one node killed: the rest ended after {seconds:.1f} s with 81")
+
+
+# ---- a crash in the middle: started again from the last commit, on all nodes
+
+
+def test_pdsh_starts_a_killed_run_again(
+    cluster: Cluster, uneven: Path, tmp_path: Path, uninterrupted: list[object]
+) -> None:
+    """Oracle: the run that nobody killed, bit for bit. The first crash, on the second host, is answered by a
+    restart on both; the second one, of the rank with the run's store, ends the run with a crash's code."""
+    command = train_command(tmp_path, "--hostfile", str(uneven), "--max-restarts", "1", overrides=SAVING)
+    process = cluster.hosts[0].start(command, cluster.environ)
+    first = wait_for_commit(tmp_path, 0, process)
+    kill_a_rank(cluster.hosts[1])
+    # What is committed between our look and the death is as good.
+    wait_for_commit(tmp_path, first + 4, process)
+    kill_a_rank(cluster.hosts[0])
+    out, err = process.communicate(timeout=600)
+    assert process.returncode == 81, (out, err)
+    restarted = re.search(r"restart 1 of 1 of run tiny from step (\d+)\.", err)
+    assert restarted, err
+    assert f"resumed from step {restarted[1]}" in err
+    assert "mhc-dist: run tiny failed on rank" in err.splitlines()[-1]
+    made = losses(tmp_path)
+    assert len(made) > int(restarted[1]) >= first
+    assert made == uninterrupted[: len(made)]
+    assert processes_of(tmp_path) == []
+
+
+def test_open_mpi_starts_a_killed_run_again(
+    cluster: Cluster, uneven: Path, tmp_path: Path, uninterrupted: list[object]
+) -> None:
+    """Oracle: the run that nobody killed, bit for bit."""
+    options = ("--hostfile", str(uneven), "--launcher", "openmpi", "--max-restarts", "1")
+    process = cluster.hosts[0].start(train_command(tmp_path, *options, overrides=SAVING), cluster.environ)
+    wait_for_commit(tmp_path, 0, process)
+    kill_a_rank(cluster.hosts[1])
+    out, err = process.communicate(timeout=600)
+    assert process.returncode == 0, (out, err)
+    assert "restart 1 of 1 of run tiny from step" in err
+    assert losses(tmp_path) == uninterrupted
+
+
+def test_nodes_started_one_by_one_start_again_together(
+    cluster: Cluster, uneven: Path, tmp_path: Path, uninterrupted: list[object]
+) -> None:
+    """Oracle: the run that nobody killed, bit for bit. The first node learns of the crash of the second one
+    later than the second one itself, whose new ranks must not join what is left of the old run."""
+    hostfile = tmp_path / "hostfile"
+    hostfile.write_text("node0 slots=3\nnode1 slots=1\n")
+    started = [
+        cluster.hosts[number].start(
+            train_command(
+                tmp_path / "runs",
+                *("--hostfile", str(hostfile), "--no-ssh", "--node-rank", str(number)),
+                *("--master-addr", cluster.hosts[0].address, "--master-port", "29514"),
+                *("--max-restarts", "1"),
+                overrides=SAVING,
+            ),
+            ENVIRON,
+        )
+        for number in range(2)
+    ]
+    wait_for_commit(tmp_path / "runs", 0, started[0])
+    kill_a_rank(cluster.hosts[1])
+    answers = [process.communicate(timeout=600) for process in started]
+    assert [process.returncode for process in started] == [0, 0], answers
+    assert all("restart 1 of 1 of run tiny" in err for _, err in answers), answers
+    assert losses(tmp_path / "runs") == uninterrupted
 
 
 # ---- bad input: one message each, with the remedy

@@ -11,7 +11,19 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
-from cluster_runs import ENVIRON, MHC_DIST, SMALL, TINY, need, summary
+from cluster_runs import (
+    ENVIRON,
+    MHC_DIST,
+    SAVING,
+    SMALL,
+    TINY,
+    kill_a_rank,
+    losses,
+    need,
+    settings,
+    summary,
+    wait_for_commit,
+)
 from hosts import Hosts
 
 pytestmark = pytest.mark.needs_root
@@ -85,27 +97,6 @@ def slurm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Slurm]:
         yield Slurm(hosts, environ)
 
 
-@pytest.fixture(scope="module")
-def loss(tmp_path_factory: pytest.TempPathFactory) -> float:
-    """What the run's last step gives on a single node, without Slurm."""
-    import os
-
-    from cluster_runs import train_command
-
-    done = subprocess.run(
-        train_command(tmp_path_factory.mktemp("single")),
-        env=os.environ | ENVIRON,
-        capture_output=True,
-        text=True,
-        timeout=600,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr
-    found = summary(done.stdout)["train_loss"]
-    assert isinstance(found, float)
-    return found
-
-
 def wait_for_job(slurm: Slurm, job: str, log: Path, seconds: float) -> str:
     deadline = time.monotonic() + seconds
     while slurm.hosts[0].run(["squeue", "-h", "-j", job, "-o", "%T"], slurm.environ).stdout.strip():
@@ -114,29 +105,65 @@ def wait_for_job(slurm: Slurm, job: str, log: Path, seconds: float) -> str:
     return log.read_text()
 
 
-def test_a_rendered_script_trains_on_two_nodes(slurm: Slurm, tmp_path: Path, loss: float) -> None:
-    """Oracle: the single-node run's loss; the script as `mhc-dist slurm render` writes it."""
-    script, log = tmp_path / "run.sbatch", tmp_path / "job.log"
-    values = [*SMALL, f"train.output={tmp_path / 'runs'}"]
-    overrides = [part for value in values for part in ("--set", value)]
+def rendered(folder: Path, *overrides: str) -> str:
+    """The script as `mhc-dist slurm render` writes it, with this environment in its PATH."""
     shape = ["--nodes", "2", "--gpus-per-node", "0", "--processes-per-node", "2", "--cpus-per-task", "1"]
-    rendered = subprocess.run(
-        [MHC_DIST, "slurm", "render", str(TINY), *shape, "--time", "00:30:00", *overrides],
+    done = subprocess.run(
+        [
+            *(MHC_DIST, "slurm", "render", str(TINY), *shape, "--time", "00:30:00"),
+            *settings(folder / "runs", *overrides),
+        ],
         capture_output=True,
         text=True,
         timeout=120,
         check=True,
     )
-    path = f"export PATH={Path(sys.executable).parent}:$PATH\n"
-    script.write_text(rendered.stdout.replace("# exec:", f"{path}# exec:"))
-    submitted = slurm.hosts[0].run(
-        ["sbatch", "--parsable", "--output", str(log), "--chdir", str(tmp_path), str(script)], slurm.environ
+    return done.stdout.replace("# exec:", f"export PATH={Path(sys.executable).parent}:$PATH\n# exec:")
+
+
+def submit(slurm: Slurm, text: str, log: Path) -> str:
+    """The number of the new job."""
+    script = log.with_suffix(".sbatch")
+    script.write_text(text)
+    done = slurm.hosts[0].run(
+        ["sbatch", "--parsable", "--output", str(log), "--chdir", str(log.parent), str(script)],
+        slurm.environ,
     )
-    assert submitted.returncode == 0, submitted.stderr
-    text = wait_for_job(slurm, submitted.stdout.strip(), log, 400)
+    assert done.returncode == 0, done.stderr
+    return done.stdout.strip()
+
+
+def test_a_rendered_script_trains_on_two_nodes(slurm: Slurm, tmp_path: Path, loss: float) -> None:
+    """Oracle: the single-node run's loss; the script as `mhc-dist slurm render` writes it."""
+    log = tmp_path / "job.log"
+    job = submit(slurm, rendered(tmp_path), log)
+    text = wait_for_job(slurm, job, log, 400)
     found = next((line for line in text.splitlines() if line.startswith('{"run"')), None)
     assert found is not None, text
     assert summary(found)["train_loss"] == pytest.approx(loss, abs=1e-6)
+
+
+def test_a_job_is_started_again_and_submitted_again(
+    slurm: Slurm, tmp_path: Path, uninterrupted: list[object]
+) -> None:
+    """Oracle: the run that nobody disturbed, bit for bit. A rank dies: the job starts its run again. Slurm's
+    signal before the end of its time: the run is saved. The same script once more brings it to its end."""
+    script = rendered(tmp_path, *SAVING).replace("--resume auto", "--resume auto --max-restarts 1")
+    assert "--max-restarts 1" in script
+    log, runs = tmp_path / "job.log", tmp_path / "runs"
+    job = submit(slurm, script, log)
+    first = wait_for_commit(runs, 0)
+    kill_a_rank(slurm.hosts[1])
+    wait_for_commit(runs, first + 4)
+    assert slurm.hosts[0].run(["scancel", "--batch", "--signal=TERM", job], slurm.environ).returncode == 0
+    text = wait_for_job(slurm, job, log, 400)
+    assert "restart 1 of 1 of run tiny from step" in text, text
+    assert "mhc-dist: run tiny was stopped by SIGTERM." in text, text
+    assert not (runs / "tiny" / "summary.json").exists(), text
+    again = tmp_path / "again.log"
+    text = wait_for_job(slurm, submit(slurm, script, again), again, 400)
+    assert "resumed from step" in text, text
+    assert losses(runs) == uninterrupted
 
 
 def test_ranks_that_srun_started(slurm: Slurm, tmp_path: Path, loss: float) -> None:

@@ -40,10 +40,10 @@ def ranks(output: Path) -> dict[int, psutil.Process]:
 
 def wait_for_step(output: Path, step: int, process: subprocess.Popen[str]) -> None:
     metrics = output / "tiny" / "metrics.jsonl"
-    deadline = time.monotonic() + 90
+    deadline = time.monotonic() + 150
     while not metrics.exists() or len(metrics.read_text().splitlines()) < step:
         assert process.poll() is None, process.communicate()
-        assert time.monotonic() < deadline, "the run did not get to the step in 90 s"
+        assert time.monotonic() < deadline, "the run did not get to the step in 150 s"
         time.sleep(0.1)
 
 
@@ -51,7 +51,8 @@ def wait_for_step(output: Path, step: int, process: subprocess.Popen[str]) -> No
 pytestmark = pytest.mark.timeout(240)
 
 
-@pytest.mark.parametrize("victim", [0, 3])
+# Rank 0 has the run's store and its log; what is left when any other one dies, tests/multi_rank shows faster.
+@pytest.mark.parametrize("victim", [0, pytest.param(3, marks=pytest.mark.long)])
 def test_a_rank_that_dies_in_step_3_ends_the_run_and_is_named(victim: int, tmp_path: Path) -> None:
     """Oracle: the rank this test kills. The others must end within a minute and say which one it was."""
     process = start(tmp_path, "train.steps=100000")
