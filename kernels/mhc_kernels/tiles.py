@@ -43,7 +43,8 @@ L2_BYTES = {"sm_90": 50 << 20, "sm_100": 126 << 20, "gfx942": 4 << 20}
 CHUNK_MULTIPLE = 64
 """Chunks end where the tiles of tokens of every kernel end, so that chunking does not move a tile."""
 WIDTH_BUCKETS = (1536, 3072, 5120, 8192)
-"""Upper ends of the C buckets; wider streams are refused."""
+"""Upper ends of the C buckets. Wider streams take the tiles of the last one, with which `backward_dots`, which
+holds a whole row of all streams, spills."""
 
 
 def power_of_two_at_least(value: int) -> int:
@@ -51,12 +52,10 @@ def power_of_two_at_least(value: int) -> int:
 
 
 def tiles_for(architecture: str, num_streams: int, channels: int) -> TileSet:
-    """The tile set; ValueError for an architecture, n or C that the table does not hold."""
+    """The tile set; ValueError for an architecture that the table does not hold."""
     if architecture not in ARCHITECTURES:
         raise ValueError(f"architecture {architecture!r} has no tiles: use one of {', '.join(ARCHITECTURES)}")
-    bucket = next((width for width in WIDTH_BUCKETS if channels <= width), None)
-    if bucket is None:
-        raise ValueError(f"C={channels} is wider than the widest tile bucket {WIDTH_BUCKETS[-1]}")
+    bucket = next((width for width in WIDTH_BUCKETS if channels <= width), WIDTH_BUCKETS[-1])
     amd = architecture.startswith("gfx")
     row_warps = {1536: 4, 3072: 8, 5120: 8, 8192: 16}[bucket]
     mix_warps = min(8, row_warps)

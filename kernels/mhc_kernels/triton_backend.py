@@ -180,6 +180,34 @@ def _(streams_TNC: Tensor, pre_TN: Tensor, gradient_TC: Tensor) -> list[Tensor]:
     return [torch.empty_like(streams_TNC), torch.empty_like(pre_TN)]
 
 
+@torch.library.custom_op("mhc_kernels::recompute_block", mutates_args=())
+def recompute_block(
+    streams_TNC: Tensor,
+    pres: Sequence[Tensor],
+    rstds: Sequence[Tensor],
+    gains: Sequence[Tensor],
+    posts: Sequence[Tensor],
+    ress: Sequence[Tensor],
+    ys: Sequence[Tensor],
+) -> list[Tensor]:
+    """[every h, then the streams of every sublayer but the first]. The last sublayer needs no post, res, y;
+    `ress` is empty for identity."""
+    inner = len(ys)
+    kept = [
+        Kept(pres[k], rstds[k], gains[k], posts[k], ress[k] if ress else None, ys[k]) for k in range(inner)
+    ]
+    kept.append(Kept(pres[inner], rstds[inner], gains[inner], pres[inner], None, None))
+    regenerated = launch.recompute_block(streams_TNC, kept)
+    return [*(one.h_TC for one in regenerated), *(one.streams_TNC for one in regenerated[1:])]
+
+
+@recompute_block.register_fake
+def _(streams_TNC: Tensor, pres: Sequence[Tensor], *others: Any) -> list[Tensor]:
+    num_tokens, _, channels = streams_TNC.shape
+    h_LTC = [streams_TNC.new_empty(num_tokens, channels) for _ in pres]
+    return [*h_LTC, *(torch.empty_like(streams_TNC) for _ in pres[1:])]
+
+
 class TritonOperations:
     """SeamOperations over the registered operations.
 
@@ -268,8 +296,17 @@ class TritonOperations:
         return d_streams, d_pre
 
     def recompute_block(self, streams_TNC: Tensor, kept: Sequence[Kept]) -> list[Regenerated]:
-        """Never traced: it runs between autograd segments."""
-        return launch.recompute_block(streams_TNC, kept)
+        inner = kept[:-1]
+        results: list[Tensor] = recompute_block(
+            streams_TNC,
+            *([getattr(one, name) for one in kept] for name in ("pre_TN", "rstd_T", "gain_C")),
+            *(
+                [tensor for one in inner if (tensor := getattr(one, name)) is not None]
+                for name in ("post_TN", "res_TNN", "y_TC")
+            ),
+        )
+        h_LTC, later_LTNC = results[: len(kept)], results[len(kept) :]
+        return [Regenerated(*one) for one in zip([streams_TNC, *later_LTNC], h_LTC, strict=True)]
 
 
 def why_unavailable() -> str | None:

@@ -133,6 +133,9 @@ def test_fake_kernels_agree_with_the_real_ones(spec: ConnectionSpec) -> None:
         *numbers,
     )
     torch.library.opcheck(triton_backend.seam_backward, backward_arguments, test_utils=checks)
+    block_arguments = [[post_TN, post_TN], [torch.rand(5)] * 2, [parameters[3]] * 2, [post_TN]]
+    block_arguments += [[] if res_TNN is None else [res_TNN], [y_TC]]
+    torch.library.opcheck(triton_backend.recompute_block, (streams_TNC, *block_arguments), test_utils=checks)
     torch.library.opcheck(triton_backend.update_forward, (streams_TNC, *tail), test_utils=checks)
     torch.library.opcheck(
         triton_backend.update_backward, (streams_TNC, *tail, streams_TNC), test_utils=checks
