@@ -43,8 +43,8 @@ L2_BYTES = {"sm_90": 50 << 20, "sm_100": 126 << 20, "gfx942": 4 << 20}
 CHUNK_MULTIPLE = 64
 """Chunks end where the tiles of tokens of every kernel end, so that chunking does not move a tile."""
 WIDTH_BUCKETS = (1536, 3072, 5120, 8192)
-"""Upper ends of the C buckets. Wider streams take the tiles of the last one; `backward_dots`, which holds a row
-of all streams, then spills."""
+"""Upper ends of the C buckets. Wider streams take the tiles of the last one, and `backward_dots`, which holds
+whole rows of all streams, spills."""
 
 
 def power_of_two_at_least(value: int) -> int:
