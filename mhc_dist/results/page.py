@@ -35,7 +35,13 @@ def anchor(title: str) -> str:
 
 def _overview(judged: dict[str, list[Judged]]) -> str:
     rows = [
-        [j.claim.what, j.asked, j.reached, j.verdict, f"[{title}](#{anchor(title)})"]
+        [
+            j.claim.what,
+            j.asked,
+            "" if j.holds is None else j.reached,
+            j.verdict,
+            f"[{title}](#{anchor(title)})",
+        ]
         for title, of in judged.items()
         for j in of
     ]
