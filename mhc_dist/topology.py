@@ -15,7 +15,7 @@ Example, pipeline = 2, data = 4, expert = 2 (eight processes):
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 
 
@@ -119,13 +119,21 @@ class Topology:
     # All groups of the world, the same list on every rank: process groups are created in this order
 
     def all_data_groups(self) -> tuple[tuple[int, ...], ...]:
-        return self._distinct(lambda place: place.data_group_ranks)
+        return tuple(self._member(stage, 0).data_group_ranks for stage in range(self.pipeline))
 
     def all_expert_groups(self) -> tuple[tuple[int, ...], ...]:
-        return self._distinct(lambda place: place.expert_group_ranks)
+        return tuple(
+            self._member(stage, first).expert_group_ranks
+            for stage in range(self.pipeline)
+            for first in range(0, self.data, self.expert)
+        )
 
     def all_expert_data_groups(self) -> tuple[tuple[int, ...], ...]:
-        return self._distinct(lambda place: place.expert_data_group_ranks)
+        return tuple(
+            self._member(stage, share).expert_data_group_ranks
+            for stage in range(self.pipeline)
+            for share in range(self.expert)
+        )
 
     def all_channels(self, links: Iterable[tuple[int, int]] | None = None) -> tuple[tuple[int, int], ...]:
         """Ordered pairs (source, destination) of ranks for `links` between pipeline ranks, in every column.
@@ -140,5 +148,6 @@ class Topology:
             for a, b in links
         )
 
-    def _distinct(self, group_of: Callable[[Topology], tuple[int, ...]]) -> tuple[tuple[int, ...], ...]:
-        return tuple(dict.fromkeys(group_of(self.at(rank)) for rank in range(self.world_size)))
+    def _member(self, pipeline_rank: int, data_rank: int) -> Topology:
+        """The layout as one member of a group sees it: asking every rank would take the ranks' square."""
+        return self.at(self.rank_of(pipeline_rank, data_rank))

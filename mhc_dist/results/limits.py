@@ -61,7 +61,7 @@ def limits_table(figures: Mapping[str, Any]) -> str:
         [
             "seconds of a rank to list all process groups",
             *(shown(starts[ranks]["list_seconds"], ".2g") for ranks in (NOW, THEN)),
-            "ranks²",
+            "ranks",
             "measured",
         ],
         [
