@@ -48,8 +48,17 @@ def overhead_measured(collection: Collection) -> str:
 
 
 def overlap_variants(collection: Collection) -> str:
-    """One row a way to run the same step."""
-    figures = collection.need("overlap").figures
+    """One row a way to run the same step, on two ranks and on four."""
+    parts = [_overlap(collection, "overlap")]
+    if collection.get("overlap_4") is not None:
+        parts.append("Two pipeline ranks and two data ranks:")
+    return "\n\n".join([*parts, _overlap(collection, "overlap_4")])
+
+
+def _overlap(collection: Collection, name_of_file: str) -> str:
+    if name_of_file != "overlap" and collection.get(name_of_file) is None:
+        return f"*Four ranks: {collection.missing(name_of_file)}.*"
+    figures = collection.need(name_of_file).figures
     titles = {
         "no_overlap": "nothing overlaps",
         "overlap": "overlap, nothing recomputed",
@@ -77,7 +86,7 @@ def overlap_variants(collection: Collection) -> str:
         "recompute hidden",
         "simulated / run",
     ]
-    return with_source(collection, table(headings, rows), "overlap")
+    return with_source(collection, table(headings, rows), name_of_file)
 
 
 def peers(collection: Collection) -> str:
@@ -154,6 +163,26 @@ def traffic(collection: Collection) -> str:
         for name, of in ours["field"].items()
     ]
     return with_source(collection, table(["rows C", *phases], rows), "traffic_1280", "traffic_2560")
+
+
+def processor(collection: Collection) -> str:
+    """Backends of one connection, and token work of experts, on this machine's processor."""
+    rows = []
+    for name in ("cpu_1280", "cpu_512"):
+        figures = collection.need(name).figures
+        rows += [
+            [
+                f"connection, C = {figures['channels']}, `{backend}`",
+                *(f"{of[part]:.0f} ms" for part in ("forward_ms", "backward_ms", "total_ms")),
+                f"{of['ratio_to_reference']:.2f}",
+            ]
+            for backend, of in figures["backends"].items()
+        ]
+    headings = ["", "forward", "backward", "both", "of the naive form"]
+    parts = [with_source(collection, table(headings, rows), "cpu_1280", "cpu_512")]
+    tokens = collection.need("tokens").figures["median_ms"]
+    rows = [[name, f"{value:.1f} ms"] for name, value in tokens.items()]
+    return "\n\n".join([*parts, with_source(collection, table(["token work", ""], rows), "tokens")])
 
 
 def resources(collection: Collection) -> str:
@@ -319,6 +348,7 @@ TABLES: dict[str, Table] = {
     "simulator": simulator,
     "traffic": traffic,
     "resources": resources,
+    "processor": processor,
     "stability": stability,
     "sinkhorn": sinkhorn,
     "scaling_steps": scaling_steps,

@@ -41,16 +41,13 @@ def planned(collection: Collection) -> dict[Key, Mapping[str, Any]]:
 
 
 def with_sources(collection: Collection, text: str) -> str:
-    """`text`, the cells still missing, and where all come from."""
-    missing = [key for key in wanted_cells() if key not in collection.cells]
+    """`text`, and where all cells come from."""
     files = [file for key, file in collection.cells.items()]
     commits = ", ".join(dict.fromkeys(file.commit for file in sorted(files, key=lambda f: f.time or "")))
     source = (
         f"<sub>{files[0].label}. `{COMMAND}`, commit {commits}, planned on {files[0].machine} with"
         f" {files[0].cores} cores: one file a cell in [plans](results/plans)</sub>"
     )
-    if missing:
-        text += f"\n\n*{len(missing)} of {len(wanted_cells())} cells are not planned yet: run `{COMMAND}`.*"
     return f"{text}\n\n{source}"
 
 
@@ -73,7 +70,11 @@ def overhead_planned(collection: Collection) -> str:
         text += (
             "\n\n(xN): so many devices cannot share the paper's batch equally; planned with N times as much."
         )
-    return with_sources(collection, f"{text}\n\n{_worst(cells)}")
+    text += f"\n\n{_worst(cells)}"
+    missing = [key for key in wanted_cells() if key not in cells]
+    if missing:
+        text += f"\n\n*{len(missing)} of {len(wanted_cells())} cells are not planned yet: run `{COMMAND}`.*"
+    return with_sources(collection, text)
 
 
 def _worst(cells: Mapping[Key, Mapping[str, Any]]) -> str:
