@@ -30,20 +30,42 @@ from mhc_dist.pipeline.trace import PHASE_OF_KIND, StepPhase
 from mhc_dist.plan.run_programs import plan_run
 
 RESIDUAL = "residual"
-PAPER_3B_WIDTHS = (
-    "model.hidden_size=1280",
-    "model.expert_dim=896",
-    "model.num_layers=2",
-    "model.num_heads=16",
-    "model.head_dim=128",
-    "model.value_dim=128",
-    "model.rope_dim=64",
-    "model.kv_rank=512",
-    "model.num_active_experts=6",
-    "model.num_shared_experts=2",
-    "schedule.num_microbatches=2",
-)
-"""Table 5 of the paper; fewer layers, and eight experts, of which six are active as there."""
+HIDDEN_SIZE = "model.hidden_size"
+PAPER_3B_HIDDEN_SIZE = 1280
+
+
+def paper_3b_widths(hidden_size: int) -> tuple[str, ...]:
+    """Table 5 of the paper; fewer layers, and eight experts, of which six are active as there.
+
+    For another hidden size all other widths in proportion, the size of a head apart.
+    """
+
+    def scaled(width: int) -> int:
+        return max(1, round(width * hidden_size / PAPER_3B_HIDDEN_SIZE))
+
+    return (
+        f"model.hidden_size={hidden_size}",
+        f"model.expert_dim={scaled(896)}",
+        "model.num_layers=2",
+        f"model.num_heads={scaled(16)}",
+        "model.head_dim=128",
+        "model.value_dim=128",
+        "model.rope_dim=64",
+        f"model.kv_rank={scaled(512)}",
+        "model.num_active_experts=6",
+        "model.num_shared_experts=2",
+        "schedule.num_microbatches=2",
+    )
+
+
+def _settings(options: argparse.Namespace) -> tuple[str, ...]:
+    asked = [value for key, _, value in (item.partition("=") for item in options.set) if key == HIDDEN_SIZE]
+    try:
+        hidden_size = int(asked[-1]) if asked else PAPER_3B_HIDDEN_SIZE
+    except ValueError:
+        hidden_size = PAPER_3B_HIDDEN_SIZE  # the configuration refuses what was asked for, in its own words
+    return paper_3b_widths(hidden_size)
+
 
 COMPUTE_PHASES = (StepPhase.FORWARD, StepPhase.BACKWARD, StepPhase.WEIGHT_GRADIENT, StepPhase.RECOMPUTE)
 
@@ -179,7 +201,7 @@ def _measure(config: RunConfig, options: argparse.Namespace) -> Outcome:
     return Outcome(f"overhead_{config.model.hidden_size}", label, figures, _table(figures))
 
 
-BENCH = Bench("overhead", __doc__, _add_options, _measure, lambda options: PAPER_3B_WIDTHS)
+BENCH = Bench("overhead", __doc__, _add_options, _measure, _settings)
 
 if __name__ == "__main__":
     BENCH.main()
