@@ -51,7 +51,7 @@ def backward(
     channels: int, spec: ConnectionSpec, tiles: TileSet, item_bytes: int, splits: TokenSplits
 ) -> Bytes:
     """backward_dots: x', dh in. backward_apply: g, dh, x, y in, dx, dy out. backward_phi, where there is one:
-    x' in. reduce_partials: sums."""
+    x' in. reduce_partials: sums; of alpha's and the bias' in one step, as for up to 128 programs."""
     n, m, res = spec.num_streams, spec.num_coefficients, _res_floats(spec)
     blocks = -(-channels // tiles.backward_apply.channels)
     dots = (n + 2 + m + n + res) + (m + 2)

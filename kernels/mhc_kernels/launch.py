@@ -8,6 +8,7 @@ priority gets multiprocessors soon.
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Sequence
 from contextvars import ContextVar
 from typing import Any, NamedTuple
@@ -23,7 +24,7 @@ from mhc_kernels.device.backward_phi import backward_phi_kernel
 from mhc_kernels.device.backward_streams import backward_streams_kernel
 from mhc_kernels.device.mix_pre import mix_pre_kernel
 from mhc_kernels.device.post_project import post_project_kernel
-from mhc_kernels.device.reduce_partials import reduce_partials_kernel
+from mhc_kernels.device.reduce_partials import reduce_partials_kernel, reduce_rows_kernel
 from mhc_kernels.device.streams import (
     post_kernel,
     pre_backward_kernel,
@@ -38,6 +39,8 @@ from mhc_kernels.tiles import CHUNK_MULTIPLE, Tile, TileSet, power_of_two_at_lea
 
 MIXING_CODE = {Mixing.SINKHORN: 0, Mixing.IDENTITY: 1, Mixing.PERMUTATIONS: 2}
 REDUCE_BLOCK = 1024
+REDUCE_ROWS, REDUCE_COLUMNS = 128, 64
+"""Tile of sums over many partials of at most REDUCE_BLOCK elements."""
 PROGRAMS_WANTED = 528
 """Programs that backward_apply aims for: four per multiprocessor of the largest supported devices."""
 SMALLEST_TOKEN_SPLIT = 256
@@ -474,14 +477,31 @@ def _sum_phi(
 
 
 def reduce_partials(partial: Tensor, out: Tensor | None = None) -> Tensor:
-    """B3: the sum over the first dimension, in order."""
+    """B3: the sum over the first dimension, in a fixed order."""
+    size = math.prod(partial.shape[1:])
+    if out is None and size <= REDUCE_BLOCK:
+        return _reduce_rows(partial)
     if out is None:
         out = new_result(partial.shape[1:], torch.float32, partial.device)
-    size = out.numel()
     reduce_partials_kernel[(triton.cdiv(size, REDUCE_BLOCK),)](
         partial, out, partial.shape[0], size, BLOCK=REDUCE_BLOCK, num_warps=4
     )
     return out
+
+
+def _reduce_rows(partial: Tensor) -> Tensor:
+    """The same of few elements: groups of partials side by side, then the groups' sums."""
+    while True:
+        count, size = partial.shape[0], math.prod(partial.shape[1:])
+        groups = max(1, triton.cdiv(count, REDUCE_ROWS))
+        out = new_result((groups, *partial.shape[1:]), torch.float32, partial.device)
+        grid = (triton.cdiv(size, REDUCE_COLUMNS), groups)
+        reduce_rows_kernel[grid](
+            partial, out, count, size, ROWS=REDUCE_ROWS, BLOCK=REDUCE_COLUMNS, num_warps=8
+        )
+        if groups == 1:
+            return out[0]
+        partial = out
 
 
 @on_its_gpu

@@ -7,7 +7,7 @@ bytes are what the kernel asks for. Everything is counted: coefficients, partial
 around the kernels.
 
 forward    one seam forward (post_project, mix_pre)
-backward   one seam backward (backward_dots, backward_apply, at n = 8 backward_phi, reduce_partials)
+backward   one seam backward (backward_dots, backward_apply, at n = 8 backward_phi, then the sums)
 recompute  one more sublayer in a recompute block
 """
 
@@ -69,7 +69,7 @@ ROW_KEYS = ("loaded", "stored", "requested_loaded", "requested_stored", "streams
 
 def _is_stream(kernel: str, name: str) -> bool:
     stem = name.split("[")[0].replace("_ptrs", "_ptr")
-    return stem in STREAM_ARGUMENTS and kernel != "reduce_partials"
+    return stem in STREAM_ARGUMENTS and not kernel.startswith("reduce_")
 
 
 class Sublayer:

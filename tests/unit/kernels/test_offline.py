@@ -17,6 +17,7 @@ KERNELS = {
     "backward_apply",
     "project_backward",
     "reduce_partials",
+    "reduce_rows",
     "post",
     "post_backward",
     "pre",

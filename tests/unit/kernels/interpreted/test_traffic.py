@@ -144,6 +144,17 @@ def test_offsets_of_partial_sums_have_64_bits(monkeypatch: pytest.MonkeyPatch) -
     assert asked == [partial.data_ptr() + 4 * k * size for k in range(3)]
 
 
+@pytest.mark.parametrize(("count", "size"), [(1, 48), (300, 48), (129, 80), (20, 1000), (3, 1100)])
+def test_partial_sums(count: int, size: int) -> None:
+    """Oracle: torch's sum in fp64; several groups, columns beyond one tile, and both kernels."""
+    partial = torch.randn(count, size)
+    with interpreted.counted_traffic() as counter:
+        total = launch.reduce_partials(partial)
+    assert {one.kernel for one in counter.launches} == {"reduce_rows" if size <= 1024 else "reduce_partials"}
+    assert total.shape == (size,)
+    torch.testing.assert_close(total.double(), partial.double().sum(0), rtol=1e-5, atol=1e-5)
+
+
 def test_a_stray_store_is_caught() -> None:
     """Oracle: a kernel with an off-by-one mask; the memory around its argument is ours."""
     memory = torch.zeros(64)
