@@ -32,7 +32,7 @@ def judge(collection: Collection, claim: Claim) -> Judged:
     """Looks the figure up and compares it."""
     asked = _asked(collection, claim)
     try:
-        value = float(collection.figure(claim.result, claim.value))
+        value = _number(collection, claim, claim.value)
         limit = claim.at_most if claim.at_most_figure is None else _limit(collection, claim)
     except NotMeasuredError as error:
         return Judged(claim, asked, str(error), None)
@@ -50,7 +50,16 @@ def judge(collection: Collection, claim: Claim) -> Judged:
 
 def _limit(collection: Collection, claim: Claim) -> float:
     assert claim.at_most_figure is not None
-    return float(collection.figure(claim.result, claim.at_most_figure))
+    return _number(collection, claim, claim.at_most_figure)
+
+
+def _number(collection: Collection, claim: Claim, path: str) -> float:
+    """A figure that a command may leave open, such as the noise of a single seed."""
+    value = collection.figure(claim.result, path)
+    if value is None:
+        command = collection.known[claim.result].command
+        raise NotMeasuredError(f"left open so far: run `{command}` to the end")
+    return float(value)
 
 
 def _asked(collection: Collection, claim: Claim) -> str:

@@ -155,7 +155,7 @@ def scaling(collection: Collection) -> Figure:
     costs = figures["costs"]
     for number, part in enumerate(("lower", "place", "validate", "simulate")):
         right.plot(
-            [cost["devices"] for cost in costs],
+            [cost["pipeline"] for cost in costs],
             [cost["seconds"][part] for cost in costs],
             "o-",
             color=COLOURS[number],
@@ -163,12 +163,14 @@ def scaling(collection: Collection) -> Figure:
             label=part,
         )
     right.set_yscale("log")
-    for axis in (left, right):
-        axis.set_xscale("log", base=2)
-        axis.set_xticks([8, 64, 512, 4096], ["8", "64", "512", "4096"])
-        _legend(axis)
-    _titled(left, "Throughput per GPU, % of 8 GPUs'; simulated", "GPUs")
-    _titled(right, "Seconds to make the program, deeper series; measured", "GPUs")
+    right.set_xscale("log", base=2)
+    right.set_xticks([cost["pipeline"] for cost in costs], [str(cost["pipeline"]) for cost in costs])
+    left.set_xscale("log", base=2)
+    left.set_xticks([8, 64, 512, 4096], ["8", "64", "512", "4096"])
+    _titled(left, "Model FLOPs utilization, % of the series' first; simulated", "GPUs")
+    _titled(right, "Seconds to make the program, deeper series; measured", "pipeline ranks")
+    _legend(left)
+    _legend(right)
     return figure
 
 

@@ -196,7 +196,8 @@ def test_claims_are_judged(
     (tmp_path / "memory.json").write_text(bench_file(figures))
     claim = Claim(what="it", result="memory", value="value", shown=".1f", **limits)
     judged = judge(Collection(tmp_path, source.results), claim)
-    assert (judged.reached, judged.verdict) == (reached, verdict)
+    assert judged.reached.startswith(reached)
+    assert judged.verdict == verdict
 
 
 def test_a_claim_has_one_limit() -> None:
