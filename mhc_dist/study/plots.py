@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from io import BytesIO
 from pathlib import Path
 from typing import Any
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
+from PIL import Image
 
 SMALLEST_SHOWN = 1e-9
 STYLES = {"fp32, paper": "-", "fp32, deepseek_v4": "--", "bf16, paper": ":", "bf16, deepseek_v4": "-."}
 EXACT_STYLES = {"fp32": "-", "bf16": ":"}
 
-OVER_STEPS = ("grad_norm", "forward_gain", "backward_gain", "single_forward_gain", "single_backward_gain")
+NUM_COLOURS = 96
 SMOOTHED = 12
 """Points of the loss curve, each of them every third step of 300."""
 
@@ -29,26 +31,26 @@ def plot_stability(curves: Curves, path: Path) -> Path:
     _validation(grid[0, 0], curves, colours)
     _difference(grid[0, 1], curves, colours)
     panels = (
-        (grid[0, 2], "grad_norm", "Gradient norm before clipping"),
-        (grid[1, 0], "forward_gain", "Composite Amax gain, forward"),
-        (grid[1, 1], "backward_gain", "Composite Amax gain, backward"),
-        (grid[1, 2], "depth_forward", "Gain of the first layers at the end, forward"),
-        (grid[2, 0], "single_forward_gain", "Largest gain of one sublayer, forward"),
-        (grid[2, 1], "single_backward_gain", "Largest gain of one sublayer, backward"),
-        (grid[2, 2], "depth_backward", "Gain of the first layers at the end, backward"),
+        (grid[0, 2], "grad_norm", "Gradient norm before clipping", "step"),
+        (grid[1, 0], "forward_gain", "Composite Amax gain, forward", "step"),
+        (grid[1, 1], "backward_gain", "Composite Amax gain, backward", "step"),
+        (grid[1, 2], "depth_forward", "Gain of the first layers at the end, forward", "layers"),
+        (grid[2, 0], "single_forward_gain", "Largest gain of one sublayer, forward", "step"),
+        (grid[2, 1], "single_backward_gain", "Largest gain of one sublayer, backward", "step"),
+        (grid[2, 2], "depth_backward", "Gain of the first layers at the end, backward", "layers"),
     )
-    for axis, key, title in panels:
+    for axis, key, title, unit in panels:
         for name, parts in curves.items():
             for part in parts:
-                if not part[key]:
-                    continue  # one stream has no gain
-                points = part[key] if key in OVER_STEPS else list(enumerate(part[key], start=1))
-                axis.plot(*zip(*points, strict=True), color=colours[name], lw=1.1, alpha=0.8)
-        _finish(axis, title, "step" if key in OVER_STEPS else "layers", is_log=True)
+                if key == "grad_norm":
+                    along = part["steps"]
+                else:
+                    along = part["measured_steps"] if unit == "step" else range(1, len(part[key]) + 1)
+                axis.plot(along, part[key], color=colours[name], lw=0.9, alpha=0.8)  # of one stream: no gains
+        _finish(axis, title, unit, is_log=True)
     lines = [Line2D([], [], color=colour, label=name) for name, colour in colours.items()]
     figure.legend(handles=lines, loc="outside lower center", ncols=len(lines), fontsize=10)
-    figure.savefig(path, dpi=75)
-    return path
+    return _save(figure, path, dpi=80)
 
 
 def _validation(axis: Axes, curves: Curves, colours: Mapping[str, str]) -> None:
@@ -68,11 +70,9 @@ def _difference(axis: Axes, curves: Curves, colours: Mapping[str, str]) -> None:
         for part in parts:
             baseline = baselines.get(part["seed"])
             if baseline is not None and name != "residual":
-                steps = [step for step, _ in part["loss"]]
-                gap = [
-                    one - other for (_, one), (_, other) in zip(part["loss"], baseline["loss"], strict=True)
-                ]
-                axis.plot(steps, running_mean(gap, SMOOTHED), color=colours[name], lw=1.1, alpha=0.8)
+                gap = [one - other for one, other in zip(part["loss"], baseline["loss"], strict=True)]
+                smooth = running_mean(gap, SMOOTHED)
+                axis.plot(part["steps"], smooth, color=colours[name], lw=0.9, alpha=0.8)
     axis.axhline(0.0, color="black", lw=0.8)
     _finish(axis, "Training loss minus the plain residual's, smoothed", "step", is_log=False)
 
@@ -114,7 +114,15 @@ def plot_sinkhorn(figures: Mapping[str, Any], path: Path) -> Path:
         for dtype, style in EXACT_STYLES.items()
     ]
     figure.legend(handles=lines, loc="outside lower center", ncols=5, fontsize=9)
-    figure.savefig(path, dpi=100)
+    return _save(figure, path, dpi=100)
+
+
+def _save(figure: Figure, path: Path, dpi: int) -> Path:
+    """As a PNG of few colours, a third of the bytes: pictures of results are kept in the repository."""
+    drawn = BytesIO()
+    figure.savefig(drawn, format="png", dpi=dpi)
+    with Image.open(drawn) as image:
+        image.convert("RGB").quantize(NUM_COLOURS, dither=Image.Dither.NONE).save(path, optimize=True)
     return path
 
 

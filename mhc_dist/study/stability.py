@@ -26,6 +26,8 @@ from mhc_dist.study.variants import MAIN, OPTIONS, VARIANTS, variant_config
 
 DEFAULT_CONFIG = Path("configs/study.yaml")
 NAME = "study_stability"
+NUM_POINTS = 100
+"""Of a curve in the result."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -100,17 +102,20 @@ def _results(plans: Sequence[PartPlan], workers: int) -> list[dict[str, Any]]:
 
 
 def _curve(result: dict[str, Any]) -> dict[str, Any]:
-    """What a picture needs of a part."""
+    """What a picture needs of a part: values over `steps`, gains over `measured_steps` and over layers."""
     measured = [record for record in result["records"] if "forward_gain" in record]
-    every = max(1, len(result["records"]) // 100)
-    thinned = result["records"][::every]
+    thinned = result["records"][:: max(1, len(result["records"]) // NUM_POINTS)]
     return {
         "seed": result["seed"],
         "validation_loss": result["validation_loss"],
-        **{key: [[r["step"], round(r[key], 5)] for r in thinned] for key in ("loss", "grad_norm")},
-        **{key: [[r["step"], round(r[key], 6)] for r in measured] for key in GAINS},
-        "depth_forward": result["depth"].get("forward", []),
-        "depth_backward": result["depth"].get("backward", []),
+        "steps": [record["step"] for record in thinned],
+        **{key: [round(record[key], 4) for record in thinned] for key in ("loss", "grad_norm")},
+        "measured_steps": [record["step"] for record in measured],
+        **{key: [round(record[key], 6) for record in measured] for key in GAINS},
+        **{
+            f"depth_{direction}": [round(gain, 6) for gain in result["depth"].get(direction, [])]
+            for direction in ("forward", "backward")
+        },
     }
 
 

@@ -10,7 +10,7 @@ Parts = Mapping[str, Sequence[dict[str, Any]]]
 """Results by variant, one for each seed."""
 
 NOISE_DEVIATIONS = 2.0
-"""A difference of mean losses counts when it exceeds so many standard errors of the two means."""
+"""A mean difference of losses counts when it exceeds so many of its standard errors."""
 
 
 def summarize(parts: Parts) -> dict[str, Any]:
@@ -70,10 +70,15 @@ def _largest(variant: dict[str, Any]) -> float:
 
 
 def _not_above(one: Sequence[dict[str, Any]], other: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """Whether the mean validation loss of `one` is at most the other's, up to the noise of seeds."""
-    losses = [[result["validation_loss"] for result in results] for results in (one, other)]
-    difference = statistics.mean(losses[0]) - statistics.mean(losses[1])
-    if min(map(len, losses)) < 2:
-        return {"holds": None, "difference": difference, "noise": None}
-    noise = NOISE_DEVIATIONS * sum(statistics.variance(some) / len(some) for some in losses) ** 0.5
-    return {"holds": difference <= noise, "difference": difference, "noise": noise}
+    """Whether the mean validation loss of `one` is at most the other's, up to the noise of seeds.
+
+    Compared seed by seed: with the same seed two kinds start from the same weights where they have the same
+    parameters, and see the same text, so what a seed does to both cancels.
+    """
+    baselines = {result["seed"]: result["validation_loss"] for result in other}
+    gaps = [r["validation_loss"] - baselines[r["seed"]] for r in one if r["seed"] in baselines]
+    if len(gaps) < 2:
+        return {"holds": None, "difference": statistics.mean(gaps) if gaps else None, "noise": None}
+    difference = statistics.mean(gaps)
+    noise = NOISE_DEVIATIONS * statistics.stdev(gaps) / len(gaps) ** 0.5
+    return {"holds": difference <= noise, "difference": difference, "noise": noise, "seeds": len(gaps)}

@@ -60,12 +60,17 @@ def result(variant: str, loss: float, gain: float, seed: int = 0) -> dict[str, A
     }
 
 
+def results(variant: str, *losses: float, gain: float = 1.0) -> list[dict[str, Any]]:
+    """One for each seed."""
+    return [result(variant, loss, gain, seed) for seed, loss in enumerate(losses)]
+
+
 def test_claims() -> None:
-    """Oracle: by hand. Ratio 30 / 1.5; standard errors of (2.0, 2.2) and (2.1, 2.1) are 0.1 and 0."""
+    """Oracle: by hand. Ratio 30 / 1.5; gaps of -0.1 and 0.1 have a standard error of 0.1."""
     parts = {
-        "residual": [result("residual", loss, 1.0) for loss in (2.1, 2.1)],
-        "hc": [result("hc", 2.5, 30.0), result("hc", 2.5, 12.0)],
-        "mhc": [result("mhc", 2.0, 1.2), result("mhc", 2.2, 1.5)],
+        "residual": results("residual", 2.1, 2.1),
+        "hc": [result("hc", 2.5, 30.0, 0), result("hc", 2.5, 12.0, 1)],
+        "mhc": [result("mhc", 2.0, 1.2, 0), result("mhc", 2.2, 1.5, 1)],
     }
     summary = summarize(parts)
     claims = summary["claims"]
@@ -77,28 +82,34 @@ def test_claims() -> None:
     assert loss["noise"] == pytest.approx(0.2)
     assert summary["variants"]["hc"]["last_forward_gain"] == 21.0
     assert (summary["cpu_seconds"], summary["commits"]) == (3.0, ["abc"])
-    worse = summarize({**parts, "mhc": [result("mhc", loss, 1.0) for loss in (2.4, 2.4)]})["claims"]
-    assert worse["mhc_loss_not_above_residual"]["holds"] is False
-    one_seed = summarize({name: results[:1] for name, results in parts.items()})["claims"]
+    one_seed = summarize({name: some[:1] for name, some in parts.items()})["claims"]
     assert one_seed["mhc_loss_not_above_residual"]["holds"] is None
+
+
+def test_what_a_seed_does_to_both_is_no_noise() -> None:
+    """Oracle: by hand. A seed costs both 1.0; gaps of 0.02 and 0.04 are above 2 * 0.01, in any order."""
+    parts = {"residual": results("residual", 2.0, 3.0), "mhc": results("mhc", 2.02, 3.04)[::-1]}
+    claim = summarize(parts)["claims"]["mhc_loss_not_above_residual"]
+    assert claim["difference"] == pytest.approx(0.03)
+    assert claim["noise"] == pytest.approx(0.02)
+    assert (claim["holds"], claim["seeds"]) == (False, 2)
 
 
 def test_claims_that_fail_say_so() -> None:
     """Oracle: by hand. Backward gains count as well; a limit itself is kept, what is above it is not."""
     parts = {
-        "residual": [result("residual", loss, 1.0) for loss in (2.00, 2.02)],
-        "hc": [result("hc", 2.5, 12.0), result("hc", 2.5, 15.0)],
-        "mhc": [result("mhc", 2.2, 1.0), result("mhc", 2.24, 1.0)],
-        "mhc_zero_bias": [result("mhc_zero_bias", loss, 1.0) for loss in (2.3, 2.31)],
+        "residual": results("residual", 2.00, 2.02),
+        "hc": results("hc", 2.5, 2.5, gain=15.0),
+        "mhc": results("mhc", 2.2, 2.24),
+        "mhc_zero_bias": results("mhc_zero_bias", 2.3, 2.31),
     }
     parts["mhc"][1]["records"][0]["backward_gain"] = 2.5
     claims = summarize(parts)["claims"]
     assert claims["mhc_gain_at_most_2"] == {"holds": False, "largest_gain": 2.5}
     assert claims["hc_gain_above_10_times_mhc"] == {"holds": False, "ratio": 6.0}
     loss = claims["mhc_loss_not_above_residual"]
-    # Variances 2e-4 and 8e-4 of two seeds each: a standard error of sqrt(5e-4).
     assert (loss["holds"], loss["difference"]) == (False, pytest.approx(0.21))
-    assert loss["noise"] == pytest.approx(2 * 5e-4**0.5)
+    assert loss["noise"] == pytest.approx(0.02)
     assert claims["identity_leaning_not_above_zero_bias"]["holds"] is True
     parts["mhc"][1]["records"][0]["backward_gain"] = 2.0
     assert summarize(parts)["claims"]["mhc_gain_at_most_2"]["holds"] is True
