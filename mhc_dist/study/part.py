@@ -13,7 +13,6 @@ import torch
 from mhc_kernels.seam import make_backend
 from torch import Tensor
 
-from mhc_dist.bench.result import conditions
 from mhc_dist.config import RunConfig, dump_config, load_config
 from mhc_dist.data.batches import Batches, Sequences, ValidationWindows
 from mhc_dist.data.token_files import TokenData, check_vocabulary
@@ -39,6 +38,8 @@ class PartPlan:
     variant: str
     seed: int
     folder: Path
+    commit: str = "unknown"
+    """Of the code that runs the part: that of the study's start, whatever is committed meanwhile."""
 
     @property
     def config(self) -> RunConfig:
@@ -73,7 +74,7 @@ def run_part(plan: PartPlan) -> dict[str, Any]:
         "fingerprint": plan.fingerprint(),
         "variant": plan.variant,
         "seed": plan.seed,
-        "commit": conditions()["commit"],
+        "commit": plan.commit,
         **train_and_measure(config, tokens),
     }
     plan.folder.mkdir(parents=True, exist_ok=True)

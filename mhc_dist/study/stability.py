@@ -15,7 +15,7 @@ from concurrent.futures import ProcessPoolExecutor, as_completed
 from pathlib import Path
 from typing import Any
 
-from mhc_dist.bench.result import write_result
+from mhc_dist.bench.result import conditions, write_result
 from mhc_dist.config import load_config
 from mhc_dist.guard.exit_codes import ExitCode
 from mhc_dist.study.instruments import GAINS
@@ -65,7 +65,8 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
     wanted += [(name, 0) for name in options.options if name not in options.variants]
     for name, seed in wanted:
         variant_config(config, name, seed)  # what cannot be run is said before anything runs
-    plans = [PartPlan(options.config, overrides, name, seed, options.parts) for name, seed in wanted]
+    commit = conditions()["commit"]
+    plans = [PartPlan(options.config, overrides, name, seed, options.parts, commit) for name, seed in wanted]
     parts: dict[str, list[dict[str, Any]]] = {}
     for result in _results(plans, options.workers):
         parts.setdefault(result["variant"], []).append(result)
