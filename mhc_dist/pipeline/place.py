@@ -321,7 +321,7 @@ class _Placer:
 
         late = not placement.prefetch_recompute
         if not late and whole_pair and any(map(_recomputes, units)):
-            late = (1 + TIE) * seconds(late=True) < seconds(late=False)
+            late = (1 + CAUTION) * seconds(late=True) < seconds(late=False)
         return scheduler(self._cautious if whole_pair else self._costs, late=late).run()
 
     def _most_bytes(self, unit: Unit) -> int:

@@ -134,6 +134,7 @@ class SlotScheduler:
         best: tuple[tuple[bool, float, float, int, int], float] | None = None
         opened = 0
         limit = inf
+        landing = max((end for flying in self._flying for end in flying.values()), default=0.0)
         for u, unit in enumerate(self.units):
             done, flying = self._done[u], self._flying[u]
             if self.ordered:
@@ -158,9 +159,10 @@ class SlotScheduler:
                 else:
                     if node.needs_arrival and not self._arrived[u]:
                         start += TINY_SECONDS
-                    wasted = node.kind is ActionKind.RECOMPUTE and not any(self._flying)
-                    if wasted and len(self.units) > 1:
-                        start += 2 * TINY_SECONDS
+                    if node.kind is ActionKind.RECOMPUTE and len(self.units) > 1:
+                        # Counts in flight are no cover for it: half of it has to lie under a flight.
+                        covered_until = self._now + 0.5 * self._node_seconds(unit, node)
+                        start += 2 * TINY_SECONDS * (landing < covered_until)
                     if limit < inf:
                         seconds = self._node_seconds(unit, node)
                         if start + (1 - OVERSHOOT) * seconds > limit + 3 * TINY_SECONDS:
