@@ -20,7 +20,8 @@ import torch
 from mhc_dist.config import RunConfig, dump_config
 from mhc_dist.train import main
 
-END_SECONDS = 60.0
+END_SECONDS = 100.0
+"""A run of these takes seconds; on a machine that does a dozen other things, a minute."""
 TEXT = "To be, or not to be, that is the question: whether 'tis nobler in the mind to suffer {number}\n"
 
 

@@ -64,15 +64,26 @@ def whole(tmp_path_factory: pytest.TempPathFactory, corpus: Path) -> RunConfig:
     return config
 
 
-def slow_down(rank: int) -> None:
-    """A step takes a moment, so that a signal finds the run at work."""
-    real = Worker.step
+def hold_back(signalled: Path) -> Callable[[int], None]:
+    """The second step ends when the signal has been sent, and later ones take a moment, so that it finds the
+    run at work."""
 
-    def step(self: Worker, losses: Sequence[Tensor]) -> None:
-        time.sleep(0.3)
-        real(self, losses)
+    def prepare(rank: int) -> None:
+        real = Worker.step
+        num_steps = 0
 
-    Worker.step = step  # type: ignore[method-assign]
+        def step(self: Worker, losses: Sequence[Tensor]) -> float:
+            nonlocal num_steps
+            num_steps += 1
+            while num_steps > 1 and not signalled.exists():
+                time.sleep(0.01)
+            if num_steps > 1:
+                time.sleep(0.3)
+            return real(self, losses)
+
+        Worker.step = step  # type: ignore[method-assign]
+
+    return prepare
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 83), (signal.SIGUSR1, 84)])
@@ -80,11 +91,13 @@ def test_signal_saves_and_ends_with_its_own_code(
     number: signal.Signals, code: int, whole: RunConfig, corpus: Path, tmp_path: Path
 ) -> None:
     config = guarded_config(tmp_path, corpus, checkpoint={"every_steps": 0}, train={"steps": STEPS})
-    run = ForkedRun(config, prepare=slow_down)
+    signalled = tmp_path / "signalled"
+    run = ForkedRun(config, prepare=hold_back(signalled))
     while not (config.folder / LOG_FILE).exists() or not read_log(config.folder):
         assert run.running(), run.output.read_text()
         time.sleep(0.01)
     os.kill(run.ranks[1].pid, number)
+    signalled.touch()
     assert run.wait() == [code, code], run.output.read_text()
     (step,) = committed(config.folder / "checkpoints")
     assert f"stopped after step {step} of {STEPS} on request" in run.output.read_text()

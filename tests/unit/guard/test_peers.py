@@ -23,7 +23,7 @@ from mhc_dist.guard.liveness import this_process
 from mhc_dist.guard.peers import PeerWatch, WatchLimits
 from mhc_dist.guard.signals import SignalInbox
 
-LONGEST_SECONDS = 15.0
+LONGEST_SECONDS = 45.0
 PEER_DIED = ExitCode.PEER_DIED.value
 
 
@@ -106,8 +106,8 @@ class Ranks:
         os._exit(0)
 
     def wait_until_ready(self) -> None:
-        store = TCPStore("127.0.0.1", self.port, is_master=False, timeout=timedelta(seconds=20))
-        deadline = time.monotonic() + 20
+        store = TCPStore("127.0.0.1", self.port, is_master=False, timeout=timedelta(seconds=60))
+        deadline = time.monotonic() + 60
         while store.add("ready", 0) < self.world_size:
             assert time.monotonic() < deadline, self.outputs()
             time.sleep(0.02)
@@ -335,7 +335,7 @@ def test_a_stuck_run_ends_with_a_dump(tmp_path: Path) -> None:
     assert dumps
     for dump in dumps:
         for rank, action in enumerate(["recv from rank -1", "compute", "recv from rank 1"]):
-            assert re.search(rf"\n  rank {rank} \(host \S+ pid \d+\): {action} for \d\.\d s", dump)
+            assert re.search(rf"\n  rank {rank} \(host \S+ pid \d+\): {action} for \d+\.\d s", dump)
     for output in ranks.outputs():
         assert "no progress: rank" in output
         assert "2.0 s are allowed" in output
