@@ -74,11 +74,10 @@ def test_every_kernel_fits(architecture: str, channels: int) -> None:
 
 @pytest.mark.long
 @pytest.mark.timeout(3600)
-@pytest.mark.parametrize("n", [2, 8])
-@pytest.mark.parametrize("architecture", ARCHITECTURES)
-def test_every_kernel_fits_at_other_stream_counts(architecture: str, n: int) -> None:
-    """Oracle: disassembly by the vendors' tools."""
-    for report in resources.kernel_resources(architecture, 1280, ConnectionSpec(n), torch.bfloat16):
+@pytest.mark.parametrize("architecture", ["sm_90", "sm_100"])
+def test_every_kernel_fits_at_eight_streams(architecture: str) -> None:
+    """Oracle: disassembly by the vendor's tools."""
+    for report in resources.kernel_resources(architecture, 1280, ConnectionSpec(8), torch.bfloat16):
         assert report.spills == 0, report
         assert report.atomics == 0, report
 
