@@ -32,6 +32,9 @@ WIRE_MARGIN = 1.35
 late peer or a busy link then still finds work to hide behind. Where exchanges take as long as compute, there
 is no work to spare, and the margin can cost a tenth of a step: see `place_best`."""
 
+WIRE_BOUND = 0.9
+"""A pair whose exchanges take this share of its compute is as slow as its link: no window is to spare."""
+
 CAUTION = 0.02
 """A margin may cost this share of a step, by which costs are uncertain anyway."""
 
@@ -320,9 +323,20 @@ class _Placer:
             return timed.seconds
 
         late = not placement.prefetch_recompute
-        if not late and whole_pair and any(map(_recomputes, units)):
+        if not late and whole_pair and any(map(_recomputes, units)) and self._is_bound_by_wires(units):
             late = (1 + CAUTION) * seconds(late=True) < seconds(late=False)
         return scheduler(self._cautious if whole_pair else self._costs, late=late).run()
+
+    def _is_bound_by_wires(self, units: Sequence[Unit]) -> bool:
+        wires = compute = 0.0
+        for unit in units:
+            for node in unit.graph.nodes:
+                action = Action(node.kind, unit.chunk, 0, node.item, node.direction)
+                if node.is_exchange:
+                    wires += self._costs.wire_seconds(action)
+                elif node.kind is not ActionKind.RECOMPUTE:
+                    compute += self._costs.seconds(action)
+        return wires >= WIRE_BOUND * compute
 
     def _most_bytes(self, unit: Unit) -> int:
         """What a pass can add to live memory if nothing is given back meanwhile."""
