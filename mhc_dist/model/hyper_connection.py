@@ -136,6 +136,8 @@ class HyperConnection(SublayerConnection):
         self.theta_MC = nn.Parameter(torch.empty(2 + n, config.hidden_size))
         self.alpha_3 = nn.Parameter(torch.empty(3))
         self.bias_M = nn.Parameter(torch.empty(2 * n + n * n))
+        for parameter in (self.theta_MC, self.alpha_3, self.bias_M):
+            parameter.keep_fp32 = True  # type: ignore[attr-defined]
         self.norm = RMSNorm(config.hidden_size, config.norm_eps)
 
     def enter(self, streams_TNC: Tensor, pre_TN: Tensor | None = None) -> Entry:

@@ -16,6 +16,7 @@ from mhc_dist.model.coefficients import num_mixed, num_projected
 from mhc_dist.model.hyper_connection import ManifoldConnection, seam_spec
 from mhc_dist.model.initialize import initialize
 from mhc_dist.model.language_model import LanguageModel
+from mhc_dist.optim.parameter_groups import cast_to_bf16
 from tests.small import random_sequences, small_config
 
 TINY = Path(__file__).parents[3] / "configs" / "tiny.yaml"
@@ -45,6 +46,16 @@ def test_coefficients_are_counted_as_the_kernels_have_them(kind: str, streams: i
     assert num_projected(config.residual) == spec.num_coefficients
     res = 0 if kind == "identity" else streams * streams
     assert num_mixed(config.residual) == 2 * streams + res
+
+
+@pytest.mark.parametrize("kind", ["hc", "mhc", "identity", "mhc_lite", "krom"])
+def test_coefficients_stay_fp32_where_weights_are_bf16(kind: str) -> None:
+    """Oracle: the names of a connection's own parameters; a static entry near 1 has no room in bf16 to learn."""
+    _, model = model_of({"kind": kind, "num_streams": 4}, "cpu")
+    cast_to_bf16(model)
+    connection = model.layers[0].attention_connection
+    kept = {name for name, parameter in connection.named_parameters() if parameter.dtype == torch.float32}
+    assert kept == {"theta_MC" if kind == "hc" else "phi_MD", "alpha_3", "bias_M"}
 
 
 def test_the_plain_residual_computes_none() -> None:
