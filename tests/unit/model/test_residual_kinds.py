@@ -50,7 +50,7 @@ def test_coefficients_are_counted_as_the_kernels_have_them(kind: str, streams: i
 
 @pytest.mark.parametrize("kind", ["hc", "mhc", "identity", "mhc_lite", "krom"])
 def test_coefficients_stay_fp32_where_weights_are_bf16(kind: str) -> None:
-    """Oracle: the names of a connection's own parameters; a static entry near 1 has no room in bf16 to learn."""
+    """Oracle: the names of a connection's own parameters; near 1 bf16 is too coarse to learn."""
     _, model = model_of({"kind": kind, "num_streams": 4}, "cpu")
     cast_to_bf16(model)
     connection = model.layers[0].attention_connection
