@@ -36,9 +36,8 @@ class Collection:
         """The file, or None if it is not there."""
         if name not in self._read:
             known = self.known[name]
-            paths = [self.folder / file for file in known.files]
-            path = next((path for path in paths if path.is_file()), None)
-            self._read[name] = None if path is None else read_result(path, known.label)
+            path = self.folder / known.file
+            self._read[name] = read_result(path, known.label) if path.is_file() else None
         return self._read[name]
 
     def need(self, name: str) -> ResultFile:

@@ -6,12 +6,16 @@ import multiprocessing
 import os
 import socket
 from collections.abc import Sequence
+from datetime import timedelta
 from multiprocessing.connection import Connection
 from pathlib import Path
 from time import perf_counter, process_time
 from typing import Any
 
 import torch.distributed as dist
+
+MOST_SECONDS = 120.0
+"""For a world to connect, and for a rank to answer."""
 
 
 def mesh_figures(worlds: Sequence[int]) -> list[dict[str, Any]]:
@@ -31,9 +35,13 @@ def _connected(world: int) -> dict[str, Any]:
     ]
     for process in ranks:
         process.start()
-    figures = [receiver.recv() for receiver, _ in ends]
-    for process in ranks:
-        process.join()
+    try:
+        figures = [_answer(receiver, rank, world) for rank, (receiver, _) in enumerate(ends)]
+        for process in ranks:
+            process.join(MOST_SECONDS)
+    finally:
+        for process in ranks:
+            process.kill()
     return {
         "ranks": world,
         "seconds": max(of["seconds"] for of in figures),
@@ -42,8 +50,24 @@ def _connected(world: int) -> dict[str, Any]:
     }
 
 
+def _answer(receiver: Connection, rank: int, world: int) -> dict[str, Any]:
+    if not receiver.poll(MOST_SECONDS):
+        raise ValueError(
+            f"rank {rank} of {world} processes on this machine has not connected after {MOST_SECONDS:g} s."
+            " Measure while nothing else runs, on a machine with 100 MB of memory for each."
+        )
+    answer: dict[str, Any] = receiver.recv()
+    return answer
+
+
 def _rank(rank: int, world: int, port: int, sender: Connection) -> None:
-    dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=world)
+    dist.init_process_group(
+        "gloo",
+        init_method=f"tcp://127.0.0.1:{port}",
+        rank=rank,
+        world_size=world,
+        timeout=timedelta(seconds=MOST_SECONDS),
+    )
     dist.barrier()
     before = _num_sockets()
     start, processor_start = perf_counter(), process_time()

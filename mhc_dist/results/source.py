@@ -16,18 +16,14 @@ class _Part(BaseModel):
 
 
 class Known(_Part):
-    """A result file that there can be. file: under results/; several names mean the first that is there.
-    label: for files that carry none. takes: on two quiet cores.
+    """A result file that there can be. file: under results/. label: for files that carry none. takes: on two
+    quiet cores.
     """
 
-    file: str | list[str]
+    file: str
     command: str
     takes: str
     label: str | None = None
-
-    @property
-    def files(self) -> list[str]:
-        return [self.file] if isinstance(self.file, str) else self.file
 
 
 class Claim(_Part):

@@ -33,13 +33,12 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker(pytest.mark.skip(reason="network namespaces and sshd on port 22 need root"))
 
 
-@pytest.fixture(scope="session")
-def loss(tmp_path_factory: pytest.TempPathFactory) -> float:
-    """What the small run's last step gives on a single node."""
-    from cluster_runs import ENVIRON, summary, train_command
+def single_node_run(output: Path, overrides: tuple[str, ...] = ()) -> str:
+    """What the small run prints, started on this machine alone."""
+    from cluster_runs import ENVIRON, train_command
 
     done = subprocess.run(
-        train_command(tmp_path_factory.mktemp("single")),
+        train_command(output, overrides=overrides),
         env=os.environ | ENVIRON,
         capture_output=True,
         text=True,
@@ -47,7 +46,15 @@ def loss(tmp_path_factory: pytest.TempPathFactory) -> float:
         check=False,
     )
     assert done.returncode == 0, done.stderr
-    found = summary(done.stdout)["train_loss"]
+    return done.stdout
+
+
+@pytest.fixture(scope="session")
+def loss(tmp_path_factory: pytest.TempPathFactory) -> float:
+    """What the small run's last step gives on a single node."""
+    from cluster_runs import summary
+
+    found = summary(single_node_run(tmp_path_factory.mktemp("single")))["train_loss"]
     assert isinstance(found, float)
     return found
 
@@ -55,16 +62,8 @@ def loss(tmp_path_factory: pytest.TempPathFactory) -> float:
 @pytest.fixture(scope="session")
 def uninterrupted(tmp_path_factory: pytest.TempPathFactory) -> list[object]:
     """All steps of a run that saves, on a single node, and that nobody kills."""
-    from cluster_runs import ENVIRON, SAVING, losses, train_command
+    from cluster_runs import SAVING, losses
 
     output = tmp_path_factory.mktemp("uninterrupted")
-    done = subprocess.run(
-        train_command(output, overrides=SAVING),
-        env=os.environ | ENVIRON,
-        capture_output=True,
-        text=True,
-        timeout=600,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr
+    single_node_run(output, SAVING)
     return losses(output)
