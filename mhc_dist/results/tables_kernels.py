@@ -1,0 +1,73 @@
+"""What the kernels move, what compilers made of them, and their time on a processor."""
+
+from __future__ import annotations
+
+from mhc_dist.results.collection import Collection
+from mhc_dist.results.shown import table
+from mhc_dist.results.sourced import with_source
+
+
+def traffic(collection: Collection) -> str:
+    """Ours at two widths beside what others move, in rows C per token and sublayer."""
+    phases = ("forward", "backward", "recompute", "total")
+    ours, wide = collection.need("traffic_1280").figures, collection.need("traffic_2560").figures
+    rows = [
+        [f"**counted, C = {of['channels']}**", *(f"**{of[phase]:.1f}**" for phase in phases)]
+        for of in (ours, wide)
+    ]
+    rows.append(
+        ["of it streams", *(f"{ours['phases'][p]['streams']:g}" for p in phases[:3]), f"{ours['streams']:g}"]
+    )
+    rows += [
+        [f"{name} (read from source)", *("" if of[p] is None else f"{of[p]:g}" for p in phases)]
+        for name, of in ours["field"].items()
+    ]
+    return with_source(collection, table(["rows C", *phases], rows), "traffic_1280", "traffic_2560")
+
+
+def processor(collection: Collection) -> str:
+    """Backends of one connection, and token work of experts, on this machine's processor."""
+    rows = []
+    for name in ("cpu_1280", "cpu_512"):
+        figures = collection.need(name).figures
+        rows += [
+            [
+                f"connection, C = {figures['channels']}, `{backend}`",
+                *(f"{of[part]:.0f} ms" for part in ("forward_ms", "backward_ms", "total_ms")),
+                f"{of['ratio_to_reference']:.2f}",
+            ]
+            for backend, of in figures["backends"].items()
+        ]
+    headings = ["", "forward", "backward", "both", "of the naive form"]
+    parts = [with_source(collection, table(headings, rows), "cpu_1280", "cpu_512")]
+    tokens = collection.need("tokens").figures["median_ms"]
+    rows = [[name, f"{value:.1f} ms"] for name, value in tokens.items()]
+    return "\n\n".join([*parts, with_source(collection, table(["token work", ""], rows), "tokens")])
+
+
+def resources(collection: Collection) -> str:
+    """What the compilers made of the kernels, one row an architecture."""
+    names = ("resources_sm_90", "resources_sm_100", "resources_gfx942")
+    rows = []
+    for name in names:
+        figures = collection.need(name).figures
+        kernels = figures["kernels"]
+        rows.append(
+            [
+                figures["architecture"],
+                str(len(kernels)),
+                str(sum(kernel["spills"] > 0 for kernel in kernels)),
+                str(sum(kernel["atomics"] > 0 for kernel in kernels)),
+                str(max(kernel["registers"] for kernel in kernels)),
+                f"{8 * min(kernel['vector_bytes'] for kernel in kernels)} bit",
+            ]
+        )
+    headings = [
+        "architecture",
+        "compiled",
+        "with spills",
+        "with atomics",
+        "most registers",
+        "narrowest stream access",
+    ]
+    return with_source(collection, table(headings, rows), *names)
