@@ -3,15 +3,100 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
-from mhc_dist.bench.cell import Cell, Runner
+from mhc_dist.bench.cell import Cell, Mode, Runner, message_bytes, with_recompute
+from mhc_dist.bench.costs import (
+    Payloads,
+    SlowLink,
+    costs_alone,
+    costs_from,
+    link_for,
+    on_link,
+    payloads_of,
+    stretched,
+)
+from mhc_dist.bench.namespaces import ShapedLink, ShapedNetwork
+from mhc_dist.config import RunConfig
+from mhc_dist.parallel.emulated_link import EmulatedLink
+from mhc_dist.parallel.stage import Stage
+from mhc_dist.pipeline.action import Program
 from mhc_dist.pipeline.calibrate import calibrate, jitter_of
 from mhc_dist.pipeline.cost import CostTable
+from mhc_dist.pipeline.lower import lower
 from mhc_dist.pipeline.perfetto import TraceEvent
 from mhc_dist.pipeline.trace import Event
+from mhc_dist.plan.layout import own_shapes, schedule_of
 
 NUM_STEPS = 2
+
+
+def on_loopback(
+    cell: Cell, config: RunConfig, stage: Stage, plain: Program, slow_motion: float | None
+) -> tuple[CostTable, Payloads]:
+    """Seconds of compute, equal on all ranks, and bytes of exchanges, before any link slows them down.
+    Collective.
+
+    plain: the plain lowering. slow_motion: None for phases as they last here; otherwise those of one process
+    alone, times so much.
+    """
+    warm = cell.runner(stage, plain)
+    warm.step()
+    events = [event for _ in range(NUM_STEPS) for event in warm.step()[1].events]
+    costs = None
+    if cell.topology.rank == 0:
+        costs = (
+            costs_from(config, events) if slow_motion is None else stretched(costs_alone(config), slow_motion)
+        )
+    return cell.from_rank_0(costs), payloads_of(events)
+
+
+@dataclass(frozen=True)
+class Settled:
+    """What `settle` found. costs: per recompute mode. emulated: what holds transfers back, None where the
+    network itself is slow.
+    """
+
+    stages: dict[Mode, Stage]
+    plain: dict[Mode, Program]
+    costs: dict[Mode, CostTable]
+    payloads: Payloads
+    link: SlowLink
+    emulated: EmulatedLink | None
+
+
+def settle(
+    cell: Cell,
+    modes: Sequence[Mode],
+    ratio: float,
+    slow_motion: float | None,
+    network: ShapedNetwork | None,
+) -> Settled:
+    """Choose the link on which exchanges take `ratio` of the compute, and measure costs on it. Collective.
+
+    From here on `network` is slow, an emulated link only for those who use it.
+    """
+    configs = {mode: with_recompute(cell.config, mode) for mode in modes}
+    plain = {mode: lower(schedule_of(own), own_shapes(own).chunks) for mode, own in configs.items()}
+    stages = {mode: cell.stage(own, plain[mode]) for mode, own in configs.items()}
+    compute: dict[Mode, CostTable] = {}
+    payloads: Payloads = {}
+    for mode, stage in stages.items():
+        # Exchanges carry the same whatever is recomputed.
+        compute[mode], payloads = on_loopback(cell, configs[mode], stage, plain[mode], slow_motion)
+    emulated = link_for(compute[modes[0]], payloads, plain[modes[0]], ratio)
+    link: SlowLink = emulated
+    if network is not None:
+        link = ShapedLink(8 * emulated.bytes_per_second)
+        network.slow_down(link.bits_per_second)
+    held_back = emulated if network is None else None
+    costs = {}
+    for mode, stage in stages.items():
+        on = on_link(compute[mode], payloads, link, message_bytes(cell.config))
+        nominal = None if slow_motion is None else on
+        costs[mode] = calibrated(cell, on, cell.runner(stage, plain[mode], nominal, held_back))
+    cell.route.link = None
+    return Settled(stages, plain, costs, payloads, link, held_back)
 
 
 def calibrated(cell: Cell, costs: CostTable, runner: Runner) -> CostTable:

@@ -25,8 +25,8 @@ from typing import Any
 from mhc_dist.bench.alone import Nobody, random_microbatches, whole_stage
 from mhc_dist.bench.cell import Cell, Mode, message_bytes, run_ranks, with_recompute
 from mhc_dist.bench.command import Bench, Outcome
+from mhc_dist.bench.costs import machine_of
 from mhc_dist.bench.heap import heap_bytes
-from mhc_dist.bench.peers.costs import machine_of
 from mhc_dist.config import RunConfig
 from mhc_dist.parallel.recompute import best_block, phase_blocks
 from mhc_dist.pipeline.action import Action, ActionKind

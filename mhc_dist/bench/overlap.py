@@ -27,23 +27,16 @@ from typing import Any
 
 from torch import Tensor
 
-from mhc_dist.bench.calibrated import calibrated
-from mhc_dist.bench.cell import Cell, Mode, Runner, check_equal, message_bytes, run_ranks, with_recompute
+from mhc_dist.bench.calibrated import settle
+from mhc_dist.bench.cell import Cell, Mode, Runner, check_equal, run_ranks, with_recompute
 from mhc_dist.bench.command import Bench, Outcome
+from mhc_dist.bench.costs import (
+    machine_of,
+)
 from mhc_dist.bench.hidden import HiddenReport, hidden_report, together
 from mhc_dist.bench.namespaces import LABEL as VETH_LABEL
-from mhc_dist.bench.namespaces import MAX_RATE, ShapedLink, ShapedNetwork
+from mhc_dist.bench.namespaces import MAX_RATE, ShapedNetwork
 from mhc_dist.bench.overrun import BOUND, Overrun
-from mhc_dist.bench.peers.costs import (
-    SlowLink,
-    costs_alone,
-    costs_from,
-    link_for,
-    machine_of,
-    on_link,
-    payloads_of,
-    stretched,
-)
 from mhc_dist.bench.peers.ratio import paired_ratio
 from mhc_dist.bench.routing import Rule
 from mhc_dist.bench.simulated import prediction
@@ -104,49 +97,22 @@ def measure(rank: int, store: str, config: RunConfig, plan: Plan, result: Path) 
     """One rank of the bench. Rank 0 writes its figures to `result`."""
     if plan.network is not None:
         plan.network.enter(rank)
-    configs = {mode: with_recompute(config, mode) for mode in MODES}
-    plain = {mode: lower(schedule_of(c), own_shapes(c).chunks) for mode, c in configs.items()}
-    cell = Cell.join(rank, store, config, plain["none"].links, plan.routing)
-    stages = {mode: cell.stage(c, plain[mode]) for mode, c in configs.items()}
-
-    warm = {}
-    for mode, stage in stages.items():
-        runner = cell.runner(stage, plain[mode])
-        runner.step()
-        warm[mode] = runner.step()[1].events + runner.step()[1].events
-    compute: dict[str, CostTable] = {}
-    if rank == 0:
-        for mode, own in configs.items():
-            compute[mode] = (
-                costs_from(own, warm[mode])
-                if plan.slow_motion is None
-                else stretched(costs_alone(own), plan.slow_motion)
-            )
-    compute = cell.from_rank_0(compute)
-    payloads = payloads_of(warm["none"])
-    emulated = link_for(compute["none"], payloads, plain["none"], plan.ratio)
-    link: SlowLink = emulated
-    if plan.network is not None:
-        link = ShapedLink(8 * emulated.bytes_per_second)
-        plan.network.slow_down(link.bits_per_second)
-    held_back = emulated if plan.network is None else None
-    costs = {}
-    for mode, stage in stages.items():
-        on = on_link(compute[mode], payloads, link, message_bytes(config))
-        nominal = None if plan.slow_motion is None else on
-        runner = cell.runner(stage, plain[mode], nominal, held_back)
-        costs[mode] = calibrated(cell, on, runner)
-
-    programs = {NO_OVERLAP: plain["none"]}
+    links = lower(schedule_of(config), own_shapes(config).chunks).links
+    cell = Cell.join(rank, store, config, links, plan.routing)
+    settled = settle(cell, MODES, plan.ratio, plan.slow_motion, plan.network)
+    costs, link = settled.costs, settled.link
+    programs = {NO_OVERLAP: settled.plain["none"]}
     for name, placement in PLACEMENTS.items():
-        own = configs[RECOMPUTES[name]]
+        own = with_recompute(config, RECOMPUTES[name])
         programs[name] = placed_program(own, machine_of(own), placement, costs[RECOMPUTES[name]])
     variants = {}
     for name, program in programs.items():
         validate(program)
         mode = RECOMPUTES[name]
         nominal = None if plan.slow_motion is None else costs[mode]
-        variants[name] = _Variant(cell.runner(stages[mode], program, nominal, held_back), costs[mode])
+        variants[name] = _Variant(
+            cell.runner(settled.stages[mode], program, nominal, settled.emulated), costs[mode]
+        )
 
     _alternate(variants, plan.rounds, link.seconds, nominal=plan.slow_motion is not None)
     everyone = {name: cell.gather((variant.reports, variant.overrun)) for name, variant in variants.items()}

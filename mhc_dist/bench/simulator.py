@@ -15,22 +15,18 @@ from dataclasses import asdict, dataclass, field
 from itertools import product
 from pathlib import Path
 from statistics import median
-from typing import Any, cast
+from typing import Any
 
-from mhc_dist.bench.calibrated import calibrated
+from mhc_dist.bench.calibrated import calibrated, on_loopback
 from mhc_dist.bench.cell import Cell, Mode, Runner, message_bytes, run_ranks, with_recompute
 from mhc_dist.bench.command import Bench, Outcome
-from mhc_dist.bench.overlap import add_rank_options, label_of, rank_settings, slow_motion_of
-from mhc_dist.bench.overrun import Overrun
-from mhc_dist.bench.peers.costs import (
-    costs_alone,
-    costs_from,
+from mhc_dist.bench.costs import (
     link_for,
     machine_of,
     on_link,
-    payloads_of,
-    stretched,
 )
+from mhc_dist.bench.overlap import add_rank_options, label_of, rank_settings, slow_motion_of
+from mhc_dist.bench.overrun import Overrun
 from mhc_dist.bench.routing import Rule
 from mhc_dist.bench.simulated import predicted_seconds
 from mhc_dist.config import RunConfig
@@ -98,17 +94,7 @@ def _with_schedule(config: RunConfig, name: str) -> RunConfig:
 def _prepare(cell: Cell, config: RunConfig, plain: Program, plan: Plan) -> _Case:
     """Measure, choose the link, place. Collective."""
     stage = cell.stage(config, plain)
-    warm = cell.runner(stage, plain)
-    warm.step()
-    events = warm.step()[1].events + warm.step()[1].events
-    alone = None
-    if cell.topology.rank == 0:
-        if plan.slow_motion is None:
-            alone = costs_from(config, events)
-        else:
-            alone = stretched(costs_alone(config), plan.slow_motion)
-    compute = cast(CostTable, cell.from_rank_0(alone))
-    payloads = payloads_of(events)
+    compute, payloads = on_loopback(cell, config, stage, plain, plan.slow_motion)
     link = link_for(compute, payloads, plain, plan.ratio)
     costs = on_link(compute, payloads, link, message_bytes(config))
     nominal = None if plan.slow_motion is None else costs

@@ -13,23 +13,18 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from mhc_dist.bench.calibrated import Settled, settle
 from mhc_dist.bench.cell import Cell, Mode, message_bytes, with_recompute
+from mhc_dist.bench.costs import (
+    Payloads,
+    SlowLink,
+    exchanges_seconds,
+    machine_of,
+)
 from mhc_dist.bench.namespaces import ShapedNetwork
 from mhc_dist.bench.overrun import Overrun
 from mhc_dist.bench.pace import Nominal, Pace, RealTime
 from mhc_dist.bench.peak import PeakHeap
-from mhc_dist.bench.peers.costs import (
-    Payloads,
-    SlowLink,
-    costs_alone,
-    costs_from,
-    exchanges_seconds,
-    link_for,
-    machine_of,
-    on_link,
-    payloads_of,
-    stretched,
-)
 from mhc_dist.bench.peers.deepspeed_dualpipev import DeepSpeedDualPipeV
 from mhc_dist.bench.peers.engines import Engine
 from mhc_dist.bench.peers.figures import (
@@ -47,14 +42,11 @@ from mhc_dist.bench.peers.torch_dualpipev import TorchDualPipeV
 from mhc_dist.bench.routing import Rule
 from mhc_dist.config import RunConfig
 from mhc_dist.pipeline.action import Program
-from mhc_dist.pipeline.cost import CostTable
 from mhc_dist.pipeline.lower import lower
-from mhc_dist.pipeline.trace import Event
 from mhc_dist.plan.layout import own_shapes, schedule_of
 from mhc_dist.plan.run_costs import placed_program
 
 MODES: tuple[Mode, Mode] = ("none", "mhc")
-NUM_WARM_STEPS = 2
 TOLERANCE, ROUNDING = 1e-5, 5e-8
 """Largest difference of a gradient between engines: TOLERANCE of its norm, and ROUNDING of the norm of all
 gradients, since some are sums that nearly cancel."""
@@ -89,20 +81,18 @@ def measure(rank: int, store: str, config: RunConfig, plan: Plan, result: Path) 
     """One rank. Rank 0 writes its figures to `result`."""
     if plan.network is not None:
         plan.network.enter(rank)
-    plain = {mode: _plain(config, mode) for mode in MODES}
-    cell = Cell.join(rank, store, config, plain["none"].links, plan.routing)
-    costs, payloads = _costs(plan, cell, plain)
-    link = link_for(costs["none"], payloads, plain["none"], plan.ratio)
-    turns = _engines(plan, cell, costs, payloads, link)
-    # Before anything is slowed down: all engines compute the same, and how much they hold meanwhile.
+    links = lower(schedule_of(config), own_shapes(config).chunks).links
+    cell = Cell.join(rank, store, config, links, plan.routing)
+    slow_motion = None if plan.compute == "real" else plan.slow_motion
+    settled = settle(cell, MODES, plan.ratio, slow_motion, plan.network)
+    link, payloads = settled.link, settled.payloads
+    turns = _engines(plan, cell, settled)
+    # Before time is emulated: all engines compute the same, and how much they hold meanwhile.
     check_equal({name: turn.engine for name, turn in turns.items()})
     for turn in turns.values():
         turn.peak_bytes = _peak_bytes(turn.engine)
 
-    if plan.network is None:
-        cell.route.link = link
-    else:
-        plan.network.slow_down(link.bytes_per_second * 8)
+    cell.route.link = settled.emulated
     for turn in turns.values():
         if isinstance(turn.pace, Nominal):
             turn.pace.running = True
@@ -121,7 +111,7 @@ def measure(rank: int, store: str, config: RunConfig, plan: Plan, result: Path) 
             "link": "emulated" if plan.network is None else "veth, tbf",
             "routing": plan.routing,
             "all_to_all_to_compute_ratio": plan.ratio,
-            "message_to_all_to_all_ratio": _message_share(config, plain["none"], payloads, link),
+            "message_to_all_to_all_ratio": _message_share(config, settled.plain["none"], payloads, link),
             "slow_motion": plan.slow_motion if plan.compute == "nominal" else None,
             "overrun": sum(overrun.values(), Overrun()).figures(),
             "overrun_share": {name: one.share for name, one in overrun.items()},
@@ -135,10 +125,6 @@ def measure(rank: int, store: str, config: RunConfig, plan: Plan, result: Path) 
     cell.leave()
 
 
-def _plain(config: RunConfig, mode: Mode) -> Program:
-    return lower(schedule_of(config), own_shapes(with_recompute(config, mode)).chunks)
-
-
 def _message_share(config: RunConfig, program: Program, payloads: Payloads, link: SlowLink) -> float:
     """Time of all messages between pipeline ranks over time of all exchanges."""
     num_messages = len([a for actions in program.actions for a in actions if a.kind.value == "send"])
@@ -146,34 +132,11 @@ def _message_share(config: RunConfig, program: Program, payloads: Payloads, link
     return per_microbatch * link.seconds(message_bytes(config)) / exchanges_seconds(program, payloads, link)
 
 
-def _costs(plan: Plan, cell: Cell, plain: Mapping[Mode, Program]) -> tuple[dict[Mode, CostTable], Payloads]:
-    """Compute per recompute mode, equal on all ranks, and what exchanges carry."""
-    events: dict[Mode, list[Event]] = {}
-    for mode in MODES:
-        warm = Own(cell, RealTime(), plain[mode], mode)
-        warm.step()
-        events[mode] = []
-        for _ in range(NUM_WARM_STEPS):
-            warm.step()
-            events[mode] += warm.trace.events
-    costs: dict[Mode, CostTable] = {}
-    if cell.topology.rank == 0:
-        for mode in MODES:
-            config = with_recompute(cell.config, mode)
-            if plan.compute == "real":
-                costs[mode] = costs_from(config, events[mode])
-            else:
-                costs[mode] = stretched(costs_alone(config), plan.slow_motion)
-    return cell.from_rank_0(costs), payloads_of(events["none"])
-
-
-def _engines(
-    plan: Plan, cell: Cell, costs: Mapping[Mode, CostTable], payloads: Payloads, link: SlowLink
-) -> dict[str, _Turns]:
+def _engines(plan: Plan, cell: Cell, settled: Settled) -> dict[str, _Turns]:
     def make_pace(mode: Mode = "none") -> Pace:
         if plan.compute == "real":
             return RealTime()
-        pace = Nominal(costs[mode])
+        pace = Nominal(settled.costs[mode])
         pace.running = False
         return pace
 
@@ -181,10 +144,9 @@ def _engines(
     ours: tuple[tuple[str, Mode], ...] = ((OURS, "none"), (OURS_MHC, "mhc"))
     for name, mode in ours:
         config = with_recompute(cell.config, mode)
-        table = on_link(costs[mode], payloads, link, message_bytes(config))
-        program = placed_program(config, machine_of(config), costs=table)
+        program = placed_program(config, machine_of(config), costs=settled.costs[mode])
         pace = make_pace(mode)
-        turns[name] = _Turns(Own(cell, pace, program, mode), pace)
+        turns[name] = _Turns(Own(cell, pace, program, settled.stages[mode]), pace)
     peers: tuple[tuple[str, Any, bool], ...] = (
         (DEEPSPEED, DeepSpeedDualPipeV, False),
         (TORCH, TorchDualPipeV, False),
