@@ -11,6 +11,7 @@ linear layers save them) are dropped as well, and weight gradients that were put
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -88,10 +89,10 @@ class SeamKeeper:
         self._backend, self._holder = backend, holder
         self._streams = streams or HostStreams()
         self._tapes: dict[str, _PhaseTape] = {}
-        self._previous: str | None = None
         self._regenerated: dict[_Dropped, Tensor] = {}
-        self._last: dict[int, tuple[Tensor, _Dropped]] = {}
-        """Last streams and last h, by storage, that a later phase may save; replaced by the next tape."""
+        self._last: dict[int, tuple[weakref.ref[torch.UntypedStorage], _Dropped]] = {}
+        """Last streams and last h, by storage, that a later phase may save; replaced by the next tape. Not
+        held: who reads them holds them, and without a reader (h without shared experts) they are gone."""
 
     @contextmanager
     def recording(self, phase: PhaseShape) -> Iterator[None]:
@@ -110,26 +111,27 @@ class SeamKeeper:
         self._drop(phase, tape, slots)
 
     def _drop(self, phase: PhaseShape, tape: _PhaseTape, slots: Sequence[_Slot]) -> None:
-        droppable = dict(self._last) if phase.recompute_after else {}
+        droppable: dict[int, _Dropped] = {}
+        if phase.recompute_after:
+            # An address says nothing once its storage is gone: others may have it by now.
+            droppable = {key: dropped for key, (made, dropped) in self._last.items() if made() is not None}
         name = phase.name
         for index, (streams_TNC, h_TC) in enumerate(tape.seams):
             if index or tape.first_update is not None:  # opening a chain hands back the streams it was given
-                droppable[_storage(streams_TNC)] = (streams_TNC, _Dropped(name, index, is_streams=True))
-            droppable[_storage(h_TC)] = (h_TC, _Dropped(name, index, is_streams=False))
+                droppable[_storage(streams_TNC)] = _Dropped(name, index, is_streams=True)
+            droppable[_storage(h_TC)] = _Dropped(name, index, is_streams=False)
         for slot in slots:
             assert slot.tensor is not None
-            storage = _storage(slot.tensor)
-            found = droppable.get(storage)
-            if found is not None:
-                slot.drop(found[1])
-                self._last.pop(storage, None)  # its one later reader has been here
+            dropped = droppable.get(_storage(slot.tensor))
+            if dropped is not None:
+                slot.drop(dropped)
         if not tape.seams:
             return
         if phase.recompute_after:
             tape.streams_before = None  # the phase before it regenerates them
         last = len(tape.seams) - 1
         self._last = {
-            _storage(tensor): (tensor, _Dropped(name, last, is_streams))
+            _storage(tensor): (weakref.ref(tensor.untyped_storage()), _Dropped(name, last, is_streams))
             for tensor, is_streams in zip(tape.seams[-1], (True, False), strict=True)
         }
         tape.seams.clear()

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 
-from mhc_dist.pipeline.action import Pass
+from mhc_dist.pipeline.action import CHUNK_OUTPUT, Pass
 from mhc_dist.pipeline.phase import Chunk, Exchange, ExchangeLoad, PendingExchange, Phase
 from mhc_dist.pipeline.streams import Streams, Token
 
@@ -79,7 +79,12 @@ class LiveMicrobatch:
     # Values
 
     def put(self, name: str, value: Any, token: Token) -> None:
+        """Hold a value for its readers; what nobody reads (sublayer inputs without shared experts) is not
+        held, or it would stay until FREE.
+        """
         assert name not in self._values, f"{name} written twice"
+        if not self._readers_left[name] and name != CHUNK_OUTPUT:
+            return
         self._values[name] = value
         self._tokens[name] = token
 

@@ -79,10 +79,14 @@ def test_recompute_changes_no_bit(schedule: str, backend: str, kind: str) -> Non
             assert torch.equal(gradients[name], gradient), f"{mode} {block}: {name}"
 
 
-def test_streams_are_gone_between_forward_and_recompute(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("num_shared_experts", [0, 1])
+def test_streams_are_gone_between_forward_and_recompute(
+    num_shared_experts: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Oracle: weak references to every stream tensor and sublayer input a seam made.
 
-    When the first RECOMPUTE of a chunk begins, only what starts a block may still be there.
+    When the first RECOMPUTE of a chunk begins, only what starts a block may still be there. Without shared
+    experts nobody reads the inputs of expert layers but their own phase.
     """
     made: list[weakref.ref[torch.UntypedStorage]] = []
     backend = make_backend("cpu")
@@ -106,7 +110,8 @@ def test_streams_are_gone_between_forward_and_recompute(monkeypatch: pytest.Monk
             if action.kind is kind and not found:
                 found.append(sum(reference() is not None for reference in made))
 
-        run(config_with(mode, 16, schedule={"name": "gpipe", "num_microbatches": 1}), look)
+        schedule, model = {"name": "gpipe", "num_microbatches": 1}, {"num_shared_experts": num_shared_experts}
+        run(config_with(mode, 16, schedule=schedule, model=model), look)
         return found[0]
 
     # 16 sublayers: the first one opens the chain, 15 seams are crossed and make streams.
