@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from time import process_time
 
@@ -37,7 +37,15 @@ from mhc_dist.plan.machine import Machine
 from mhc_dist.plan.overhead import overhead
 from mhc_dist.plan.report import plan_json, plan_text
 from mhc_dist.plan.run_costs import calibration_from_trace, run_costs
-from mhc_dist.plan.search import NothingFitsError, Search, possible_layouts, search
+from mhc_dist.plan.search import (
+    NUM_RECUT,
+    NUM_SIMULATED,
+    PLANNED_SCHEDULES,
+    NothingFitsError,
+    Search,
+    possible_layouts,
+    search,
+)
 from mhc_dist.plan.static_memory import held_by_rank
 from mhc_dist.plan.without import Measure, without, without_text
 from mhc_dist.plan.work import (
@@ -134,12 +142,25 @@ def test_block_length_follows_the_formula() -> None:
     assert abs(best_block(60, 4) - (4 * 60 / 6) ** 0.5) < 1.5
 
 
-def test_plan_of_the_27b_model_on_64_h800_nodes() -> None:
+@pytest.mark.parametrize(
+    ("schedules", "num_simulated", "num_recut"),
+    [
+        (("dualpipev",), 4, 1),
+        pytest.param(PLANNED_SCHEDULES, NUM_SIMULATED, NUM_RECUT, marks=pytest.mark.long),
+    ],
+    ids=["dualpipev", "all"],
+)
+def test_plan_of_the_27b_model_on_64_h800_nodes(
+    schedules: tuple[str, ...], num_simulated: int, num_recut: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Oracle: the published overhead, 6.7% at n = 4 in one and the same layout, as an upper bound; parts add
     up to the whole, which is at least that and compares with the plain residual at its own best.
     """
     config, machine = config_of("paper_27b"), machine_of("h800")
-    found = search(config, machine, 512)
+    monkeypatch.setattr("mhc_dist.plan.search.NUM_SIMULATED", num_simulated)
+    monkeypatch.setattr("mhc_dist.plan.search.NUM_RECUT", num_recut)
+    monkeypatch.setattr("mhc_dist.plan.overhead.search", partial(search, schedules=schedules))
+    found = search(config, machine, 512, schedules)
     best = found.best[0]
     cost = overhead(config, machine, 512, best)
     assert best.peak_bytes <= machine.memory_budget
