@@ -66,7 +66,8 @@ def run_ranks(measure: Callable[..., None], config: RunConfig, *arguments: Any) 
     # The first backward of a process imports for a second: done before the ranks part.
     leaf = torch.ones(1, requires_grad=True)
     torch.autograd.backward([get_gradient_edge(leaf * 2)], [torch.ones(1)])
-    with tempfile.TemporaryDirectory(prefix="bench_") as folder:
+    memory = "/dev/shm" if Path("/dev/shm").is_dir() else None
+    with tempfile.TemporaryDirectory(prefix="bench_", dir=memory) as folder:
         result = Path(folder) / "figures.json"
         start_processes(
             measure,
@@ -98,10 +99,14 @@ class Cell:
         config: RunConfig,
         links: Iterable[tuple[int, int]],
         routing: Rule = "even",
+        *,
+        on_network: bool = False,
     ) -> Cell:
-        """Collective. links: pairs of pipeline ranks that send each other messages."""
+        """Collective. store: in a folder of this run. links: pairs of pipeline ranks that send each other
+        messages. on_network: transfers go through sockets, not through memory.
+        """
         torch.set_num_threads(1)
-        route = Route()
+        route = Route(None if on_network else Path(store).parent)
         world_size = config.num_processes
         dist.init_process_group(
             register(route), init_method=f"file://{store}", rank=rank, world_size=world_size
@@ -144,7 +149,7 @@ class Cell:
         link: EmulatedLink | None = None,
         on_action: Callable[[Action], None] | None = None,
     ) -> Runner:
-        """Runs `program` on `stage` over `link` (None: loopback as it is); with `nominal`, in delay mode."""
+        """Runs `program` on `stage` over `link` (None: no delays); with `nominal`, in delay mode."""
         data, model = self.config.data, self.config.model
         num_tokens = data.sequences_per_microbatch * data.sequence_length
         transport = GroupTransport(

@@ -1,143 +1,148 @@
 """A torch.distributed backend whose all-to-all and point-to-point messages travel an emulated link.
 
-Whoever communicates through it, whatever the engine, sees the same network: gloo carries the data, and a
-transfer is complete when the link would have delivered it as well. Everything else (agreement, barriers) is
-gloo's own and costs nothing extra.
+Whoever communicates through it, whatever the engine, sees the same network: memory that the ranks share
+carries the data (`mailbox`), and a transfer is complete when the link would have delivered it as well.
+Everything else (agreement, barriers) is gloo's own and costs nothing extra.
 
 A message's delay counts from its SEND or, if the receiver was not ready by then, from its RECV: the two meet
 before data moves, as with NCCL. An all-to-all is over when the last of its ranks would have delivered,
-counted from that rank's own start. Ranks share a host, so they share the clock, and a board for such times.
+counted from that rank's own start. Ranks share a host, so they share the clock.
 """
 
 from __future__ import annotations
 
-import os
 import tempfile
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import timedelta
+from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from mhc_dist.bench.mailbox import Mailbox
 from mhc_dist.parallel.emulated_link import EmulatedLink
 
 BACKEND = "bench_link"
-ALL_TO_ALL_TAG = 1  # messages between pipeline ranks have 0
-BOARD_SIZE = 4096  # all-to-alls of a group, far more than are ever under way
+ALL_TO_ALL, MESSAGE = 1, 2  # kinds of payloads, to a mailbox; tags, to gloo
 
 
 @dataclass
 class Route:
-    """This process's way out; no link means the network as it is. Shared by all groups of the process."""
+    """This process's way out, shared by all its groups.
 
+    folder: where the ranks of this host share memory; None for the network as it is, through gloo. link: what
+    holds back transfers through memory; None for nothing.
+    """
+
+    folder: Path | None = None
     link: EmulatedLink | None = None
 
 
-class _Board:
-    """When every rank's share of an all-to-all will have landed: memory that the ranks of a group share.
+@dataclass(frozen=True)
+class _Works:
+    """Handle of an all-to-all through gloo."""
 
-    A rank writes before its data leaves, so whoever has the data also sees the time.
-    """
+    works: tuple[dist.Work, ...]
 
-    def __init__(self, store: Any, rank: int, size: int) -> None:
-        """Collective."""
-        if rank == 0:
-            handle, path = tempfile.mkstemp(prefix="mhc_board_")
-            os.close(handle)
-            store.set("board", path)
-        else:
-            path = store.get("board").decode()
-        flat = torch.from_file(path, shared=True, size=size * BOARD_SIZE, dtype=torch.float64)
-        self._landings = flat.view(size, BOARD_SIZE)
-        store.set(f"board {rank}", "mapped")
-        if rank == 0:
-            store.wait([f"board {other}" for other in range(size)])
-            os.unlink(path)
-        self._rank = rank
+    def wait(self, timeout: timedelta | None = None) -> bool:
+        for work in self.works:
+            work.wait()
+        return True
 
-    def write(self, number: int, landing: float) -> None:
-        self._landings[self._rank, number % BOARD_SIZE] = landing
-
-    def latest(self, number: int) -> float:
-        return float(self._landings[:, number % BOARD_SIZE].max())
+    def is_completed(self) -> bool:
+        return all(work.is_completed() for work in self.works)
 
 
 @dataclass
 class _Exchange:
-    """Handle of an all-to-all: over when the data has moved and every rank's link has delivered."""
+    """Handle of an all-to-all through memory: over when every rank's link has delivered."""
 
-    works: tuple[dist.Work, ...]
-    link: EmulatedLink | None
-    board: _Board
+    mailbox: Mailbox
     number: int
+    missing: dict[int, Tensor]
+    """Results by the rank that they are to come from."""
+    link: EmulatedLink | None
+    landing: float
 
     def wait(self, timeout: timedelta | None = None) -> bool:
-        for work in self.works:
-            work.wait()
+        for rank in list(self.missing):
+            self._take(rank)
         if self.link is not None:
-            self.link.wait(self.board.latest(self.number))
+            self.link.wait(self.landing)
         return True
 
     def is_completed(self) -> bool:
-        if not all(work.is_completed() for work in self.works):
-            return False
-        return self.link is None or self.link.clock() >= self.board.latest(self.number)
+        for rank in list(self.missing):
+            if not self.mailbox.has(rank, ALL_TO_ALL, self.number):
+                return False
+            self._take(rank)
+        return self.link is None or self.link.clock() >= self.landing
+
+    def _take(self, rank: int) -> None:
+        note = self.mailbox.take(rank, ALL_TO_ALL, self.number, self.missing.pop(rank))
+        self.landing = max(self.landing, note.left + note.seconds)
 
 
 @dataclass
 class _Departure:
-    """Handle of a SEND: over when the data has moved and the link has delivered."""
+    """Handle of a SEND through memory: over when the link has delivered."""
 
-    works: tuple[dist.Work, ...]
-    link: EmulatedLink
+    link: EmulatedLink | None
     landing: float
-    keep: Tensor
-    """A buffer of this file's own that must stay until it has left."""
 
     def wait(self, timeout: timedelta | None = None) -> bool:
-        for work in self.works:
-            work.wait()
-        self.link.wait(self.landing)
+        if self.link is not None:
+            self.link.wait(self.landing)
         return True
 
     def is_completed(self) -> bool:
-        return self.link.clock() >= self.landing and all(work.is_completed() for work in self.works)
+        return self.link is None or self.link.clock() >= self.landing
 
 
 @dataclass
 class _Arrival:
-    """Handle of a RECV: the sender's note says when its message left and how long it occupies the link."""
+    """Handle of a RECV through memory: the note says when the message left and how long it takes."""
 
-    works: tuple[dist.Work, dist.Work]
-    note: Tensor
-    link: EmulatedLink
+    mailbox: Mailbox
+    source: int
+    number: int
+    result: Tensor
+    link: EmulatedLink | None
     posted: float
+    landing: float | None = None
+    """None until the message was taken."""
 
     def wait(self, timeout: timedelta | None = None) -> bool:
-        for work in self.works:
-            work.wait()
-        left, seconds = self.note.tolist()
-        self.link.wait(max(left, self.posted) + seconds)
+        landing = self._take() if self.landing is None else self.landing
+        if self.link is not None:
+            self.link.wait(landing)
         return True
 
     def is_completed(self) -> bool:
-        if not all(work.is_completed() for work in self.works):
+        if self.landing is None and not self.mailbox.has(self.source, MESSAGE, self.number):
             return False
-        left, seconds = self.note.tolist()
-        landed: bool = self.link.clock() >= max(left, self.posted) + seconds
-        return landed
+        landing = self._take() if self.landing is None else self.landing
+        return self.link is None or self.link.clock() >= landing
+
+    def _take(self) -> float:
+        note = self.mailbox.take(self.source, MESSAGE, self.number, self.result)
+        self.landing = max(note.left, self.posted) + note.seconds
+        return self.landing
 
 
 class LinkedGroup(dist.ProcessGroup):
     """A gloo group on a route. Methods are those that `torch.distributed` calls."""
 
-    def __init__(self, gloo: Any, rank: int, size: int, route: Route, board: _Board) -> None:
+    def __init__(self, gloo: Any, rank: int, size: int, route: Route, mailbox: Mailbox | None) -> None:
         super().__init__(rank, size)  # type: ignore[call-arg]  # the stubs know another overload only
-        self._gloo, self._route, self._board = gloo, route, board
+        self._gloo, self._route, self._mailbox = gloo, route, mailbox
         self._num_exchanges = 0
+        self._num_sent: Counter[int] = Counter()
+        self._num_received: Counter[int] = Counter()
         # Tells torch which devices and types of backend there are; the calls go to gloo directly.
         self._register_backend(torch.device("cpu"), dist.ProcessGroup.BackendType.GLOO, gloo)
         self._set_default_backend(dist.ProcessGroup.BackendType.GLOO)
@@ -168,7 +173,7 @@ class LinkedGroup(dist.ProcessGroup):
         input_split_sizes: list[int],
         opts: Any = None,
     ) -> Any:
-        """Message by message, receives first.
+        """Message by message; on a network, receives first.
 
         gloo's own all-to-all sends first: a rank that comes late then puts its announcement that it is ready
         to receive behind its own data, and the two directions of a slow link take turns.
@@ -177,36 +182,43 @@ class LinkedGroup(dist.ProcessGroup):
         outputs: tuple[Tensor, ...] = output.split(output_split_sizes or output.shape[0] // size)
         inputs: tuple[Tensor, ...] = input.split(input_split_sizes or input.shape[0] // size)
         others = [(own + step) % size for step in range(1, size)]
+        outputs[own].copy_(inputs[own])
+        if self._mailbox is None:
+            works = [self._gloo.recv([outputs[rank]], rank, ALL_TO_ALL) for rank in others]
+            works += [self._gloo.send([inputs[rank]], rank, ALL_TO_ALL) for rank in others]
+            return _Works(tuple(works))
         number, link = self._num_exchanges, self._route.link
         self._num_exchanges += 1
-        if link is not None:
-            payload_bytes = sum(inputs[rank].numel() for rank in others) * input.element_size()
-            self._board.write(number, link.send(payload_bytes))
-        works = [self._gloo.recv([outputs[rank]], rank, ALL_TO_ALL_TAG) for rank in others]
-        works += [self._gloo.send([inputs[rank]], rank, ALL_TO_ALL_TAG) for rank in others]
-        outputs[own].copy_(inputs[own])
-        return _Exchange(tuple(works), link, self._board, number)
+        payload_bytes = sum(inputs[rank].numel() for rank in others) * input.element_size()
+        landing, seconds = _on(link, payload_bytes)
+        for rank in others:
+            self._mailbox.put(rank, ALL_TO_ALL, number, inputs[rank], landing - seconds, seconds)
+        missing = {rank: outputs[rank] for rank in others}
+        return _Exchange(self._mailbox, number, missing, link, landing)
 
     def send(self, tensors: Sequence[Tensor], dstRank: int, tag: int = 0) -> Any:
-        link = self._route.link
-        if link is None:
-            return self._gloo.send(list(tensors), dstRank, tag)
+        if self._mailbox is None:
+            return self._gloo.send(list(tensors), dstRank, MESSAGE + tag)
         (tensor,) = tensors
-        payload_bytes = tensor.numel() * tensor.element_size()
-        landing = link.send(payload_bytes)
-        seconds = link.seconds(payload_bytes)
-        note = torch.tensor([landing - seconds, seconds], dtype=torch.float64)
-        works = (self._gloo.send([note], dstRank, tag), self._gloo.send([tensor], dstRank, tag))
-        return _Departure(works, link, landing, note)
+        link, number = self._route.link, self._num_sent[dstRank]
+        self._num_sent[dstRank] += 1
+        landing, seconds = _on(link, tensor.numel() * tensor.element_size())
+        self._mailbox.put(dstRank, MESSAGE, number, tensor, landing - seconds, seconds)
+        return _Departure(link, landing)
 
     def recv(self, tensors: Sequence[Tensor], srcRank: int, tag: int = 0) -> Any:
-        link = self._route.link
-        if link is None:
-            return self._gloo.recv(list(tensors), srcRank, tag)
-        note = torch.empty(2, dtype=torch.float64)
-        posted = link.clock()
-        works = (self._gloo.recv([note], srcRank, tag), self._gloo.recv(list(tensors), srcRank, tag))
-        return _Arrival(works, note, link, posted)
+        if self._mailbox is None:
+            return self._gloo.recv(list(tensors), srcRank, MESSAGE + tag)
+        (tensor,) = tensors
+        link, number = self._route.link, self._num_received[srcRank]
+        self._num_received[srcRank] += 1
+        posted = 0.0 if link is None else link.clock()
+        return _Arrival(self._mailbox, srcRank, number, tensor, link, posted)
+
+
+def _on(link: EmulatedLink | None, payload_bytes: int) -> tuple[float, float]:
+    """Put a payload on the link: when it will have landed, and how long it takes."""
+    return (0.0, 0.0) if link is None else (link.send(payload_bytes), link.seconds(payload_bytes))
 
 
 def register(route: Route) -> str:
@@ -214,7 +226,13 @@ def register(route: Route) -> str:
 
     def create(store: Any, rank: int, size: int, timeout: timedelta) -> LinkedGroup:
         gloo = dist.ProcessGroupGloo(store, rank, size, timeout)
-        return LinkedGroup(gloo, rank, size, route, _Board(store, rank, size))
+        mailbox = None
+        if route.folder is not None:
+            if rank == 0:
+                store.set("folder", tempfile.mkdtemp(dir=route.folder))
+            folder = Path(store.get("folder").decode())
+            mailbox = Mailbox(folder, store, rank, size, timeout.total_seconds())
+        return LinkedGroup(gloo, rank, size, route, mailbox)
 
     dist.Backend.register_backend(BACKEND, create, devices=["cpu"])
     return BACKEND

@@ -98,7 +98,8 @@ def measure(rank: int, store: str, config: RunConfig, plan: Plan, result: Path) 
     if plan.network is not None:
         plan.network.enter(rank)
     links = lower(schedule_of(config), own_shapes(config).chunks).links
-    cell = Cell.join(rank, store, config, links, plan.routing)
+    on_network = plan.network is not None
+    cell = Cell.join(rank, store, config, links, plan.routing, on_network=on_network)
     settled = settle(cell, MODES, plan.ratio, plan.slow_motion, plan.network)
     costs, link = settled.costs, settled.link
     programs = {NO_OVERLAP: settled.plain["none"]}

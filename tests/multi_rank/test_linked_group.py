@@ -6,6 +6,7 @@ from itertools import pairwise
 from pathlib import Path
 from time import perf_counter, sleep
 
+import pytest
 import torch
 import torch.distributed as dist
 
@@ -23,9 +24,9 @@ def linked(route: Route) -> dist.ProcessGroup:
     return group
 
 
-def uneven(rank: int) -> bool:
+def uneven(rank: int, folder: Path | None) -> bool:
     """Rank r sends r + 1 + peer rows to each peer, as halves and as one tensor."""
-    group, world = linked(Route()), dist.get_world_size()
+    group, world = linked(Route(folder)), dist.get_world_size()
     send = [rank + 1 + peer for peer in range(world)]
     receive = [peer + 1 + rank for peer in range(world)]
     rows = torch.arange(sum(send) * 3.0).view(-1, 3) + 100 * rank
@@ -47,14 +48,15 @@ def uneven(rank: int) -> bool:
     )
 
 
-def test_collectives_give_what_gloo_gives() -> None:
+@pytest.mark.parametrize("through_memory", [True, False])
+def test_collectives_give_what_gloo_gives(tmp_path: Path, through_memory: bool) -> None:
     """Oracle: the default group's all-to-all, uneven and even; sums and objects by hand."""
-    assert run_ranks(3, uneven) == [True, True, True]
+    assert run_ranks(3, uneven, tmp_path if through_memory else None) == [True, True, True]
 
 
-def flights(rank: int) -> tuple[float, float, bool, float]:
+def flights(rank: int, folder: Path) -> tuple[float, float, bool, float]:
     """Seconds of two all-to-alls issued together, whether one was over at once, one with a late peer."""
-    route = Route()
+    route = Route(folder)
     group = linked(route)
     route.link = EmulatedLink(SLOW.latency_seconds, SLOW.bytes_per_second)
     rows = torch.zeros(2, 1000)
@@ -73,20 +75,20 @@ def flights(rank: int) -> tuple[float, float, bool, float]:
     return first, both, over, perf_counter() - start
 
 
-def test_exchanges_take_the_links_time_one_after_the_other() -> None:
+def test_exchanges_take_the_links_time_one_after_the_other(tmp_path: Path) -> None:
     """Oracle: 4000 bytes to the peer: 0.15 s + 4000 / 1e5 s = 0.19 s each, the second behind the first; what
     a late peer sends takes as long from when it sends.
     """
-    for first, both, over, late in run_ranks(2, flights):
+    for first, both, over, late in run_ranks(2, flights, tmp_path):
         assert not over
         assert first >= 0.19
         assert both >= 2 * 0.19
         assert late >= 0.2 + 0.19
 
 
-def messages(rank: int) -> tuple[float, float]:
+def messages(rank: int, folder: Path) -> tuple[float, float]:
     """Arrival of a message awaited at once, and of one whose receive was posted late; both ways at once."""
-    route = Route()
+    route = Route(folder)
     group = linked(route)
     route.link = EmulatedLink(SLOW.latency_seconds, SLOW.bytes_per_second)
     peer = 1 - rank
@@ -108,9 +110,9 @@ def messages(rank: int) -> tuple[float, float]:
     return seconds[0], seconds[1]
 
 
-def test_messages_count_from_when_both_sides_are_ready() -> None:
+def test_messages_count_from_when_both_sides_are_ready(tmp_path: Path) -> None:
     """Oracle: 4000 bytes take 0.19 s, from the SEND, or from the RECV if that was posted 0.3 s later."""
-    for early, late in run_ranks(2, messages):
+    for early, late in run_ranks(2, messages, tmp_path):
         assert early >= 0.19
         assert late >= 0.3 + 0.19
 

@@ -82,7 +82,8 @@ def measure(rank: int, store: str, config: RunConfig, plan: Plan, result: Path) 
     if plan.network is not None:
         plan.network.enter(rank)
     links = lower(schedule_of(config), own_shapes(config).chunks).links
-    cell = Cell.join(rank, store, config, links, plan.routing)
+    on_network = plan.network is not None
+    cell = Cell.join(rank, store, config, links, plan.routing, on_network=on_network)
     slow_motion = None if plan.compute == "real" else plan.slow_motion
     settled = settle(cell, MODES, plan.ratio, slow_motion, plan.network)
     link, payloads = settled.link, settled.payloads
