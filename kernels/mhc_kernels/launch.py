@@ -7,7 +7,6 @@ priority gets multiprocessors soon.
 
 from __future__ import annotations
 
-import functools
 import math
 from collections.abc import Sequence
 from contextvars import ContextVar
@@ -32,7 +31,7 @@ from mhc_kernels.device.streams import (
     recompute_block_kernel,
 )
 from mhc_kernels.formula import TokenSplits
-from mhc_kernels.reference import permutation_matrices
+from mhc_kernels.reference import permutation_table
 from mhc_kernels.seam_function import InputGradients, SeamForward, SeamGradients, Update
 from mhc_kernels.spec import Connection, ConnectionSpec, Kept, Mixing, Regenerated
 from mhc_kernels.tiles import CHUNK_MULTIPLE, Tile, TileSet, power_of_two_at_least, tiles_for
@@ -109,20 +108,11 @@ def mixing_code(spec: ConnectionSpec) -> int:
     return MIXING_CODE[spec.mixing]
 
 
-def permutation_table(spec: ConnectionSpec, like: Tensor) -> Tensor | None:
+def permutations(spec: ConnectionSpec, like: Tensor) -> Tensor | None:
     """(P padded to a power of two, n*n) fp32; None unless mixing=permutations."""
     if spec.mixing is not Mixing.PERMUTATIONS:
         return None
-    return _permutation_table(spec.num_streams, padded_permutations(spec), like.device)
-
-
-@functools.cache
-def _permutation_table(num_streams: int, padded_count: int, device: torch.device) -> Tensor:
-    """Made once per device: the host waits for the copy."""
-    table_PNN = permutation_matrices(num_streams)
-    padded = torch.zeros(padded_count, num_streams**2, dtype=torch.float32)
-    padded[: len(table_PNN)] = table_PNN.flatten(1)
-    return padded.to(device)
+    return permutation_table(spec.num_streams, padded_permutations(spec), torch.float32, like.device)
 
 
 def padded_permutations(spec: ConnectionSpec) -> int:
@@ -214,6 +204,7 @@ def _forward_rows(
         BT=tiles.post_project.tokens,
         BC=tiles.post_project.channels,
         num_warps=tiles.post_project.num_warps,
+        num_stages=tiles.post_project.num_stages,
     )
     mix_pre_kernel[(triton.cdiv(num_tokens, tiles.mix_pre.tokens),)](
         partial_STM,
@@ -223,7 +214,7 @@ def _forward_rows(
         out.streams_TNC,
         connection.gain_C,
         carried_pre_TN,
-        permutation_table(spec, streams_TNC),
+        permutations(spec, streams_TNC),
         out.pre_TN,
         out.post_TN,
         out.res_TNN,
@@ -329,7 +320,7 @@ def seam_backward(
             connection.alpha_3,
             connection.bias_M,
             *_rows([d_handed_TN, d_post_TN, d_res_TK], rows),
-            permutation_table(spec, streams_TNC),
+            permutations(spec, streams_TNC),
             *_rows([d_used_pre_TN], rows),
             d_projection_TM,
             shrink_T,

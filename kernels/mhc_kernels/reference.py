@@ -6,7 +6,9 @@ streams); equation numbers are the mHC paper's (arXiv:2512.24880).
 
 from __future__ import annotations
 
+import functools
 import itertools
+import math
 from typing import NamedTuple
 
 import torch
@@ -61,10 +63,31 @@ def permutation_matrices(num_streams: int) -> Tensor:
     )
 
 
+@functools.cache
+def permutation_table(
+    num_streams: int, padded_count: int, dtype: torch.dtype, device: torch.device
+) -> Tensor:
+    """The permutation matrices as rows, (padded_count, n*n), zeros after the n!-th.
+
+    Made once per device, because the host waits for the copy to a GPU; and as an ordinary tensor even when an
+    evaluation in inference mode asks first: autograd saves it.
+    """
+    with torch.inference_mode(False):
+        table_PD = torch.zeros(padded_count, num_streams**2, dtype=dtype)
+        matrices_PNN = permutation_matrices(num_streams)
+        table_PD[: len(matrices_PNN)] = matrices_PNN.flatten(1)
+        return table_PD.to(device)
+
+
+def permutation_rows(num_streams: int, like: Tensor) -> Tensor:
+    """All n! permutation matrices as rows (n!, n*n), of the dtype and on the device of `like`."""
+    return permutation_table(num_streams, math.factorial(num_streams), like.dtype, like.device)
+
+
 def permutation_mixture(logits_TP: Tensor, num_streams: int) -> Tensor:
     """mHC-lite: sum_p softmax(logits)_p * P_p, exactly doubly stochastic (Birkhoff)."""
-    matrices_PNN = permutation_matrices(num_streams).to(logits_TP)
-    return (logits_TP.softmax(-1) @ matrices_PNN.flatten(1)).reshape(-1, num_streams, num_streams)
+    rows_PD = permutation_rows(num_streams, logits_TP)
+    return (logits_TP.softmax(-1) @ rows_PD).reshape(-1, num_streams, num_streams)
 
 
 def kronecker_product(logits_TK: Tensor) -> Tensor:

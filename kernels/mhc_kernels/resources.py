@@ -6,8 +6,12 @@ shared memory come from the compiler, the rest from the disassembly:
 spills        loads and stores of local memory (LDL, STL; scratch accesses on AMD) plus bytes of stack
 atomics       instructions that modify global memory atomically (RED, ATOM, ATOMG; global_atomic and kin).
               Shared-memory ATOMS, by which the compiler hands out tensor memory, are not among them.
-vector_bytes  width of the accesses to streams: the narrowest global access wider than 4 bytes (coefficients
-              are read as single floats); 16 is the hardware's 128 bits. `accesses` counts every width.
+vector_bytes  width of the accesses to streams: the narrowest global access that is not of 4 bytes (those are
+              single coefficients); 16 is the hardware's 128 bits. `accesses` counts every width.
+tensor_memory columns of Blackwell's tensor memory
+
+What does not fit (spills, atomics, more memory than a program can have) is told on stderr, and the exit
+status is 1.
 """
 
 from __future__ import annotations
@@ -16,6 +20,7 @@ import argparse
 import json
 import re
 import subprocess
+import sys
 import tempfile
 from collections import Counter
 from dataclasses import asdict, dataclass
@@ -31,12 +36,16 @@ from mhc_kernels.spec import ConnectionSpec, Mixing
 from mhc_kernels.tiles import ARCHITECTURES
 
 SCALAR_BYTES = 4
+SHARED_LIMIT = {"sm_90": 227 << 10, "sm_100": 227 << 10, "gfx942": 64 << 10}
+"""Bytes of shared memory that one program can have, from the vendors' tables."""
+TENSOR_MEMORY_LIMIT = 512
+"""Columns of tensor memory. With more, the compiler makes a kernel that does nothing but trap."""
 NVIDIA_TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 
 
 @dataclass(frozen=True)
 class KernelResources:
-    """One compiled kernel. `shared_bytes` per program; `accesses` counts global instructions by width."""
+    """One compiled kernel. `shared_bytes` per program; `accesses` counts global instructions by kind."""
 
     name: str
     channels: int
@@ -47,6 +56,21 @@ class KernelResources:
     atomics: int
     vector_bytes: int
     accesses: dict[str, int]
+    tensor_memory: int = 0
+
+    def misfits(self, architecture: str) -> list[str]:
+        """Why this kernel cannot run on the architecture, or not as it should; empty for one that can."""
+        shared, limit = self.shared_bytes, SHARED_LIMIT[architecture]
+        reasons = {
+            f"{self.spills} spilled accesses and bytes of stack": self.spills > 0,
+            f"{self.atomics} global atomics, whose order is not fixed": self.atomics > 0,
+            f"{shared} bytes of shared memory, a program can have {limit}": shared > limit,
+            f"{self.tensor_memory} columns of tensor memory, a program can have {TENSOR_MEMORY_LIMIT}": (
+                self.tensor_memory > TENSOR_MEMORY_LIMIT
+            ),
+            "no access to global memory: the compiler gave up on it": not self.accesses,
+        }
+        return [reason for reason, holds in reasons.items() if holds]
 
 
 def nvidia_disassembly(cubin: bytes) -> str:
@@ -82,11 +106,12 @@ def nvidia_resources(launched: RecordedLaunch, channels: int, compiled: Any) -> 
         len(re.findall(r"\b(?:RED|ATOM|ATOMG)\.", sass)),
         _stream_width([_nvidia_width(instruction) for instruction in accesses]),
         dict(sorted(accesses.items())),
+        int(compiled.metadata.tmem_size),
     )
 
 
 def _stream_width(widths: list[int]) -> int:
-    return min((width for width in widths if width > SCALAR_BYTES), default=max(widths, default=0))
+    return min((width for width in widths if width != SCALAR_BYTES), default=max(widths, default=0))
 
 
 def _nvidia_width(instruction: str) -> int:
@@ -167,9 +192,13 @@ def main() -> None:
     if not arguments.json:
         print(f"{'kernel':18}{'C':>6}{'regs':>6}{'shared':>8}{'spills':>8}{'atomics':>9}{'bytes':>7}  tile")
     kernels: list[KernelResources] = []
+    fits = True
     for channels in arguments.channels:
         for one in kernel_resources(arguments.arch, channels, spec, dtype, arguments.kernel):
             kernels.append(one)
+            for reason in one.misfits(arguments.arch):
+                fits = False
+                print(f"{one.name} at C = {channels} does not fit: {reason}", file=sys.stderr)
             if not arguments.json:
                 print(
                     f"{one.name:18}{one.channels:6}{one.registers:6}{one.shared_bytes:8}{one.spills:8}"
@@ -185,6 +214,7 @@ def main() -> None:
             "kernels": [asdict(kernel) for kernel in kernels],
         }
         print(json.dumps(report, indent=2))
+    sys.exit(0 if fits else 1)
 
 
 if __name__ == "__main__":

@@ -62,7 +62,7 @@ def tiles_for(architecture: str, num_streams: int, channels: int) -> TileSet:
     row = power_of_two_at_least(channels)
     row_tokens = 2 if row <= 2048 else 1
     return TileSet(
-        post_project=Tile(16 if amd else 64, 32, 8),
+        post_project=_post_project(architecture, num_streams),
         mix_pre=Tile(row_tokens, row, mix_warps),
         streams=Tile(8, 128, 4),
         backward_dots=Tile(1, row, row_warps),
@@ -74,10 +74,18 @@ def tiles_for(architecture: str, num_streams: int, channels: int) -> TileSet:
     )
 
 
+def _post_project(architecture: str, num_streams: int) -> Tile:
+    """At n = 8 the tiles of phi, 80 coefficients padded to 128, by 8 streams, leave no room in shared memory
+    for loads that run ahead."""
+    if architecture.startswith("gfx"):
+        return Tile(16, 32, 8, num_stages=2 if num_streams <= 4 else 1)
+    return Tile(64, 32, 8, num_stages=3 if num_streams <= 4 else 1)
+
+
 def _backward_apply(architecture: str, num_streams: int) -> Tile:
     """64 channels are the 64 rows that Hopper's and Blackwell's matrix units start from."""
     if architecture.startswith("gfx"):
-        return Tile(16, 32, 2)
+        return Tile(16, 32, 2, num_stages=2 if num_streams <= 4 else 1)
     if num_streams > 4:
         return Tile(32, 64, 8, num_stages=1)
     return Tile(32, 64, 8, num_stages=2 if architecture == "sm_90" else 1)

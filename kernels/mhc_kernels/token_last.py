@@ -13,7 +13,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from mhc_kernels.reference import SMALLEST_LOG_RATIO, Coefficients, permutation_matrices
+from mhc_kernels.reference import SMALLEST_LOG_RATIO, Coefficients, permutation_rows
 from mhc_kernels.spec import ConnectionSpec, Mixing
 
 
@@ -111,7 +111,7 @@ def _mixture(spec: ConnectionSpec, like: Tensor) -> _Mixture:
     """
     n = spec.num_streams
     if spec.mixing is Mixing.PERMUTATIONS:
-        return _Mixture(permutation_matrices(n).to(like).flatten(1), None)
+        return _Mixture(permutation_rows(n, like), None)
     index_N = torch.arange(n, device=like.device)
     matrices_PNN = (index_N[:, None] ^ index_N == index_N[:, None, None]).to(like)
     high_to_low_K = torch.arange(spec.num_res_coefficients - 1, -1, -1, device=like.device)

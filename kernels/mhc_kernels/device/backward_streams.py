@@ -20,6 +20,7 @@ import triton.language as tl
 
 from mhc_kernels.device.common import (
     load_again,
+    load_mixing_again,
     load_streams,
     load_tile_again,
     mixed_stream,
@@ -85,8 +86,9 @@ def backward_streams_kernel(
             post_tile = post_ptr + first * N
             y_tile = y_ptr + first * C + row_offsets
             y = tl.load(y_tile, mask=mask, other=0.0).to(tl.float32)
+        res_tile = res_ptr
         if MIXED:
-            res_tile = res_ptr + first * (N * N)
+            res_tile += first * (N * N)
 
         # u, and the part of x''s gradient that needs x' itself. Each x'[o] is dropped after use.
         xs = load_streams(x_ptr + first * (N * C), rows, cols, mask, N, C)
@@ -96,14 +98,8 @@ def backward_streams_kernel(
         shrunk = ()
         for o in tl.static_range(N):
             if HAS_UPDATE:
-                post_o = (load_again(post_tile + o, rows, row_ok, N),)
-                if MIXED:
-                    res_o = ()
-                    for i in tl.static_range(N):
-                        res_o = res_o + (load_again(res_tile + (o * N + i), rows, row_ok, N * N),)
-                    x_new = mixed_stream(0, xs, y, post_o, res_o, N, MIXED)
-                else:
-                    x_new = mixed_stream(0, (xs[o],), y, post_o, (), N, MIXED)
+                post_o, res_o = load_mixing_again(o, post_tile, res_tile, rows, row_ok, N, MIXED)
+                x_new = mixed_stream(0, xs if MIXED else (xs[o],), y, post_o, res_o, N, MIXED)
                 x_new = x_new.to(x_ptr.dtype.element_ty).to(tl.float32)
             else:
                 x_new = xs[o]

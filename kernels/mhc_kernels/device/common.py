@@ -121,3 +121,14 @@ def sigmoid_slope(logits):
     """sigmoid * (1 - sigmoid) without the difference, which would be 0 from logits of 17 on."""
     small = tl.exp(-tl.abs(logits))
     return small / ((1.0 + small) * (1.0 + small))
+
+
+@triton.jit
+def load_mixing_again(o: tl.constexpr, post_ptr, res_ptr, rows, row_ok, N: tl.constexpr, MIXED: tl.constexpr):
+    """post[o] and, when MIXED, row o of res, from a cache: a tuple of one and a tuple of N (or of none)."""
+    post_o = (load_again(post_ptr + o, rows, row_ok, N),)
+    res_o = ()
+    if MIXED:
+        for i in tl.static_range(N):
+            res_o = res_o + (load_again(res_ptr + (o * N + i), rows, row_ok, N * N),)
+    return post_o, res_o

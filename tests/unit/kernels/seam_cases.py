@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 from unittest import mock
 
 import torch
-from mhc_kernels import reference
+from mhc_kernels import reference, whole_tensor
+from mhc_kernels.compiled_operations import CompiledOperations
+from mhc_kernels.function_backend import FunctionBackend
 from mhc_kernels.seam import Connection, ConnectionSpec, Kept, Mixing, Seam, SeamBackend, make_backend
 from torch import Tensor
 
@@ -116,13 +119,18 @@ def kept_of(inputs: Inputs, seams: list[Seam]) -> list[Kept]:
 
 def widened(inputs: Inputs) -> Inputs:
     """The same numbers in fp64."""
+    return _each_leaf(inputs, lambda leaf: leaf.detach().double().requires_grad_())
+
+
+def on_device(inputs: Inputs, device: str) -> Inputs:
+    return _each_leaf(inputs, lambda leaf: leaf.detach().to(device).requires_grad_())
+
+
+def _each_leaf(inputs: Inputs, change: Callable[[Tensor], Tensor]) -> Inputs:
     return Inputs(
-        inputs.streams_TNC.detach().double().requires_grad_(),
-        [y.detach().double().requires_grad_() for y in inputs.ys],
-        [
-            c._replace(**{f: getattr(c, f).detach().double().requires_grad_() for f in c._fields[:4]})
-            for c in inputs.connections
-        ],
+        change(inputs.streams_TNC),
+        [change(y) for y in inputs.ys],
+        [c._replace(**{f: change(getattr(c, f)) for f in c._fields[:4]}) for c in inputs.connections],
     )
 
 
@@ -182,6 +190,16 @@ def logits_of_thirty(inputs: Inputs, *, saturated: bool) -> None:
             spread = torch.rand(connection.bias_M.shape, generator=generator) * 2 - 1
             connection.bias_M.copy_((spread.sign() if saturated else spread) * 30.0)
             connection.alpha_3.fill_(0.01 if saturated else 1.0)
+
+
+def uncompiled_backend(name: str = "uncompiled") -> FunctionBackend:
+    """The compiled backend's own formulas without the compiler."""
+    operations = CompiledOperations()
+    for formula in ("update", "update_backward", "project", "collapse_and_norm"):
+        setattr(operations, f"_{formula}", getattr(whole_tensor, formula))
+    for formula in ("collapse_and_norm_backward", "total_gradient", "weighted_sum", "scale"):
+        setattr(operations, f"_{formula}", getattr(whole_tensor, formula))
+    return FunctionBackend(name, operations, lambda _: None)
 
 
 ALL_SPECS = [

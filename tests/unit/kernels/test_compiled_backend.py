@@ -6,8 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from mhc_kernels import compiled_operations, whole_tensor
-from mhc_kernels.compiled_operations import CompiledOperations
+from mhc_kernels import compiled_operations
 from mhc_kernels.cpu_operations import CpuOperations
 from mhc_kernels.function_backend import FunctionBackend
 from mhc_kernels.seam import ConnectionSpec, make_backend
@@ -21,18 +20,9 @@ from tests.unit.kernels.seam_cases import (
     kept_of,
     make_inputs,
     relative_error,
+    uncompiled_backend,
     widened,
 )
-
-
-def uncompiled_backend(name: str = "uncompiled") -> FunctionBackend:
-    """The compiled backend's own formulas without the compiler."""
-    operations = CompiledOperations()
-    for formula in ("update", "update_backward", "project", "collapse_and_norm"):
-        setattr(operations, f"_{formula}", getattr(whole_tensor, formula))
-    for formula in ("collapse_and_norm_backward", "total_gradient", "weighted_sum", "scale"):
-        setattr(operations, f"_{formula}", getattr(whole_tensor, formula))
-    return FunctionBackend(name, operations, lambda _: None)
 
 
 @pytest.mark.parametrize("spec", ALL_SPECS, ids=str)

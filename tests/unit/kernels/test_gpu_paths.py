@@ -14,12 +14,20 @@ from unittest import mock
 
 import pytest
 import torch
-from mhc_kernels import ambient, launch, offline, tokens
-from mhc_kernels.seam import Connection, ConnectionSpec, Kept, Mixing, make_backend
+from mhc_kernels import ambient, launch, offline, reference, tokens
+from mhc_kernels.seam import Connection, ConnectionSpec, Kept, Mixing, SeamBackend, make_backend
 from mhc_kernels.seam_function import SeamGradients, Update
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from tests.unit.kernels.seam_cases import Case, chain, gradients, make_inputs
+from tests.unit.kernels.seam_cases import (
+    ALL_SPECS,
+    Case,
+    chain,
+    gradients,
+    make_inputs,
+    on_device,
+    uncompiled_backend,
+)
 
 
 class NoCopyBetweenDevices(TorchDispatchMode):
@@ -138,24 +146,44 @@ def test_waiting_is_noticed(waiting: Callable[[torch.Tensor], object], refusal: 
             waiting(x)
 
 
+@pytest.mark.parametrize("spec", ALL_SPECS, ids=str)
+def test_plain_torch_copies_between_devices_in_its_first_seam_alone(spec: ConnectionSpec) -> None:
+    """Oracle: tensors that have no values to wait for, through `reference` and the formulas of `compiled`."""
+    inputs = on_device(make_inputs(Case(5, 32, spec), torch.float32), "meta")
+
+    def both_ways(backend: SeamBackend) -> None:
+        torch.autograd.grad(chain(backend, inputs)[0].sum(), inputs.streams_TNC)
+
+    for backend in (make_backend("reference"), uncompiled_backend()):
+        both_ways(backend)
+        with played_gpu():
+            both_ways(backend)
+
+
 def test_the_permutations_reach_a_device_once() -> None:
-    """Oracle: identity; the copy to a GPU would make the host wait in every launch."""
+    """Oracle: identity, and the matrices themselves; for kernels padded by zeros."""
     spec, x = ConnectionSpec(num_streams=4, mixing=Mixing.PERMUTATIONS), torch.zeros(1)
-    first = launch.permutation_table(spec, x)
+    first = launch.permutations(spec, x)
     assert first is not None
-    assert first is launch.permutation_table(spec, x)
+    assert first is launch.permutations(spec, x)
     assert first.shape == (32, 16)
-    assert first.sum() == 24 * 4
+    assert torch.equal(first[:24], reference.permutation_matrices(4).float().flatten(1))
+    assert not first[24:].any()
+    reference.permutation_table.cache_clear()
+    with torch.inference_mode():
+        table = reference.permutation_rows(4, x)
+    assert table is reference.permutation_rows(4, x)
+    assert not table.is_inference()
 
 
 def test_an_autocast_region_changes_no_bit() -> None:
     """Oracle: the same outputs and gradients outside of the region, which would round the projection to bf16.
     Of the reference the outputs alone: autograd's own backward obeys the region it runs in."""
     inputs = make_inputs(Case(9, 64, ConnectionSpec(num_streams=4)), torch.float32)
-    cpu, reference = make_backend("cpu"), make_backend("reference")
+    cpu, plain = make_backend("cpu"), make_backend("reference")
 
     def results() -> list[torch.Tensor]:
-        outputs = [chain(backend, inputs)[0] for backend in (cpu, reference)]
+        outputs = [chain(backend, inputs)[0] for backend in (cpu, plain)]
         return [*outputs, *gradients(cpu, inputs).values()]
 
     outside = results()
