@@ -100,18 +100,28 @@ def settle(
 
 
 def calibrated(cell: Cell, costs: CostTable, runner: Runner) -> CostTable:
-    """`costs` with what steps of `runner` show: seconds of phases (medians; in delay mode they keep their
-    nominal ones), how far phases differ from them, and what starting and ending exchanges takes. Collective.
+    """`costs` as steps of `runner` show them (`calibrated_by`). Collective.
 
     runner: runs the plain lowering, on the link of `costs`.
     """
-    events = traced_events(cell, [runner.step()[1].events for _ in range(NUM_STEPS)])
+    steps = [runner.step()[1].events for _ in range(NUM_STEPS)]
+    return calibrated_by(cell, costs, steps, in_delay_mode=runner.in_delay_mode)
+
+
+def calibrated_by(
+    cell: Cell, costs: CostTable, steps: Sequence[Sequence[Event]], *, in_delay_mode: bool
+) -> CostTable:
+    """`costs` with what `steps` of this rank and of all others show: seconds of phases (medians; in delay
+    mode they keep their nominal ones), how far phases differ from them, and what starting and ending
+    exchanges takes. Collective.
+    """
+    events = traced_events(cell, steps)
     found = calibrate(costs, events)
     return replace(
         costs,
-        phases=costs.phases if runner.in_delay_mode else found.phases,
+        phases=costs.phases if in_delay_mode else found.phases,
         overheads=found.overheads,
-        jitter=jitter_of(costs if runner.in_delay_mode else found, events, cell.config.parallel.expert),
+        jitter=jitter_of(costs if in_delay_mode else found, events, cell.config.parallel.expert),
     )
 
 

@@ -10,6 +10,7 @@ is chosen by the nominal times. Ratios are those of real time; whether the proce
 from __future__ import annotations
 
 import json
+import math
 import tempfile
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -31,6 +32,7 @@ from mhc_dist.bench.routing import Rule, spread_evenly
 from mhc_dist.config import RunConfig
 from mhc_dist.config_sections import RecomputeConfig
 from mhc_dist.optim.parameter_groups import cast_to_bf16
+from mhc_dist.parallel.boundary import STREAM_DTYPE, message_shape
 from mhc_dist.parallel.emulated_link import EmulatedLink
 from mhc_dist.parallel.expert_exchange import ExpertExchange
 from mhc_dist.parallel.process_groups import ProcessGroups
@@ -52,10 +54,9 @@ def with_recompute(config: RunConfig, mode: Mode) -> RunConfig:
 
 
 def message_bytes(config: RunConfig) -> int:
-    """Streams of one microbatch."""
-    value_bytes = 4 if config.train.precision == "fp32" else 2
-    tokens = config.data.sequences_per_microbatch * config.data.sequence_length
-    return tokens * config.residual.num_streams * config.model.hidden_size * value_bytes
+    """What one microbatch sends from chunk to chunk."""
+    dtype = STREAM_DTYPE[config.train.precision]
+    return math.prod(message_shape(config, dtype)) * dtype.itemsize
 
 
 def run_ranks(measure: Callable[..., None], config: RunConfig, *arguments: Any) -> dict[str, Any]:
@@ -150,14 +151,13 @@ class Cell:
         on_action: Callable[[Action], None] | None = None,
     ) -> Runner:
         """Runs `program` on `stage` over `link` (None: no delays); with `nominal`, in delay mode."""
-        data, model = self.config.data, self.config.model
-        num_tokens = data.sequences_per_microbatch * data.sequence_length
+        dtype = STREAM_DTYPE[self.config.train.precision]
         transport = GroupTransport(
             self.groups.channels,
             dict(enumerate(self.topology.pipeline_group_ranks)),
             self.topology.rank,
-            (num_tokens, self.config.residual.num_streams, model.hidden_size),
-            torch.float32 if self.config.train.precision == "fp32" else torch.bfloat16,
+            message_shape(self.config, dtype),
+            dtype,
             CPU,
         )
         stretch = None if nominal is None else Nominal(nominal).stretch

@@ -2,8 +2,9 @@
 
 For each case, steps of the plain lowering on the same ranks and link calibrate the simulator: seconds of
 phases (--ranks 4 and 8, in delay mode: measured in one process alone), how far phases differ from them, what
-starting and ending exchanges takes. Exchanges and messages are those of the emulated link. With these costs
-the phases are placed, the simulator predicts the step, and the ranks run it; cases take turns.
+starting and ending exchanges takes. Exchanges and messages are those of the emulated link. Two such steps
+place the phases. Then plain and placed steps take turns, and cases too: from the plain ones the simulator
+predicts the placed ones. So it is told how fast the processors were at the time, and nothing of placed steps.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from mhc_dist.bench.calibrated import calibrated, on_loopback
+from mhc_dist.bench.calibrated import calibrated, calibrated_by, on_loopback
 from mhc_dist.bench.cell import Cell, Mode, Runner, message_bytes, run_ranks, with_recompute
 from mhc_dist.bench.command import Bench, Outcome
 from mhc_dist.bench.costs import (
@@ -33,6 +34,7 @@ from mhc_dist.config import RunConfig
 from mhc_dist.pipeline.action import Program
 from mhc_dist.pipeline.cost import CostTable
 from mhc_dist.pipeline.lower import lower
+from mhc_dist.pipeline.trace import Event
 from mhc_dist.plan.layout import own_shapes, schedule_of
 from mhc_dist.plan.run_costs import placed_program
 
@@ -56,10 +58,13 @@ class Plan:
 class _Case:
     """One schedule in one mode, and its steps so far on this rank."""
 
-    runner: Runner
+    plain: Runner
+    placed: Runner
     costs: CostTable
-    predicted: float
+    """As placement knew them."""
+    plain_steps: list[list[Event]] = field(default_factory=list)
     seconds: list[float] = field(default_factory=list)
+    """Of placed steps."""
     overrun: Overrun = field(default_factory=Overrun)
 
 
@@ -76,14 +81,17 @@ def measure(rank: int, store: str, config: RunConfig, plan: Plan, result: Path) 
     cases = {case: _prepare(cell, configs[case], plain[case], plan) for case in configs}
     for turn in range(plan.rounds + 1):
         for case in cases.values():
-            seconds, trace = case.runner.step()
+            plain_trace = case.plain.step()[1]
+            seconds, trace = case.placed.step()
             if turn:  # the first turn warms up
+                case.plain_steps.append(plain_trace.events)
                 case.seconds.append(seconds)
                 if plan.slow_motion is not None:
                     case.overrun += Overrun.of(trace.events, case.costs)
+    predicted = {key: _predicted(cell, case) for key, case in cases.items()}
     overruns = cell.gather({case: found.overrun for case, found in cases.items()})
     if rank == 0:
-        result.write_text(json.dumps(_figures(cases, overruns, config, plan)))
+        result.write_text(json.dumps(_figures(cases, predicted, overruns, config, plan)))
     cell.leave()
 
 
@@ -98,13 +106,21 @@ def _prepare(cell: Cell, config: RunConfig, plain: Program, plan: Plan) -> _Case
     link = link_for(compute, payloads, plain, plan.ratio)
     costs = on_link(compute, payloads, link, message_bytes(config))
     nominal = None if plan.slow_motion is None else costs
-    costs = calibrated(cell, costs, cell.runner(stage, plain, nominal, link))
+    plain_runner = cell.runner(stage, plain, nominal, link)
+    costs = calibrated(cell, costs, plain_runner)
     program = placed_program(config, machine_of(config), costs=costs)
-    return _Case(cell.runner(stage, program, nominal, link), costs, predicted_seconds(program, costs))
+    return _Case(plain_runner, cell.runner(stage, program, nominal, link), costs)
+
+
+def _predicted(cell: Cell, case: _Case) -> float:
+    """Seconds of the placed step, by the plain steps of the timed rounds. Collective."""
+    costs = calibrated_by(cell, case.costs, case.plain_steps, in_delay_mode=case.plain.in_delay_mode)
+    return predicted_seconds(case.placed.program, costs)
 
 
 def _figures(
     cases: dict[tuple[str, Mode], _Case],
+    predicted: dict[tuple[str, Mode], float],
     overruns: Sequence[dict[tuple[str, Mode], Overrun]],
     config: RunConfig,
     plan: Plan,
@@ -115,9 +131,9 @@ def _figures(
         row: dict[str, Any] = {
             "schedule": name,
             "recompute": mode,
-            "predicted_seconds": case.predicted,
+            "predicted_seconds": predicted[name, mode],
             "measured_seconds": measured,
-            "ratio": case.predicted / measured,
+            "ratio": predicted[name, mode] / measured,
         }
         if plan.slow_motion is not None:
             row |= sum((of_rank[name, mode] for of_rank in overruns), Overrun()).figures()
