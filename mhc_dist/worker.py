@@ -19,7 +19,7 @@ from mhc_dist.guard.stop import StopKind
 from mhc_dist.model.hyper_connection import ManifoldConnection
 from mhc_dist.observe.stability import StabilityProbe
 from mhc_dist.optim.deepspeed_engine import OptimizerEngine, StepOutcome
-from mhc_dist.parallel.boundary import message_shape
+from mhc_dist.parallel.boundary import STREAM_DTYPE, message_shape
 from mhc_dist.parallel.doing import Doing
 from mhc_dist.parallel.expert_exchange import ExpertExchange
 from mhc_dist.parallel.process_groups import ProcessGroups
@@ -31,8 +31,6 @@ from mhc_dist.pipeline.streams import make_streams
 from mhc_dist.pipeline.transport import GroupTransport
 from mhc_dist.plan.run_programs import RunPrograms
 from mhc_dist.topology import Topology
-
-STREAM_DTYPE = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
 class StepVerdict(NamedTuple):

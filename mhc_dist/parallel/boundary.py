@@ -16,6 +16,9 @@ from torch import Tensor
 from mhc_dist.config import RunConfig
 from mhc_dist.model.hyper_connection import Carried
 
+STREAM_DTYPE = {"fp32": torch.float32, "bf16": torch.bfloat16}
+"""Of the streams, by `train.precision`."""
+
 
 def message_shape(config: RunConfig, dtype: torch.dtype) -> tuple[int, int, int]:
     """(tokens of a microbatch, streams, channels) of what travels between chunks."""
