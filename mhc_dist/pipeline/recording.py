@@ -174,38 +174,47 @@ class RecordedStreams(EventStreams):
         self, run: Callable[..., Result], *inputs: Any, after: Sequence[Token] | None = None
     ) -> Result:
         outputs = super().urgently(run, *inputs, after=after)
-        for node in _made_between(inputs, outputs):
-            self._backward_runs_urgently(node)
+        made = _made_between(inputs, outputs)
+        ends = {tensor.grad_fn for tensor in tensors_in(outputs)}
+        for node in made:
+            goes_on = [following for following, _ in node.next_functions if following is not None]
+            self._backward_runs_urgently(
+                node, enters=node in ends, leaves=any(following not in made for following in goes_on)
+            )
         return outputs
 
-    def _backward_runs_urgently(self, node: Node) -> None:
-        """What autograd does where a backward's stream is not that of the gradients."""
+    def _backward_runs_urgently(self, node: Node, *, enters: bool, leaves: bool) -> None:
+        """What autograd does where a backward's stream is not that of its gradients (`enters`) or of where
+        its own go (`leaves`); between nodes of one stream it does nothing.
+        """
         recorder, urgent = self._recorder, "urgent"
 
         def enter(gradients: Sequence[Tensor | None]) -> None:
-            recorder.share(tuple(gradients), urgent)
-            recorder.log.append(Wait(urgent, recorder.event(recorder.current), AUTOGRAD))
+            if enters:
+                recorder.share(tuple(gradients), urgent)
+                recorder.log.append(Wait(urgent, recorder.event(COMPUTE), AUTOGRAD))
             recorder.current = urgent
 
         def leave(gradients: Sequence[Tensor | None], _: Sequence[Tensor | None]) -> None:
-            recorder.share(tuple(gradients), COMPUTE)
-            recorder.log.append(Wait(COMPUTE, recorder.event(urgent), AUTOGRAD))
+            if leaves:
+                recorder.share(tuple(gradients), COMPUTE)
+                recorder.log.append(Wait(COMPUTE, recorder.event(urgent), AUTOGRAD))
             recorder.current = COMPUTE
 
         node.register_prehook(enter)
         node.register_hook(leave)
 
 
-def _made_between(inputs: Any, outputs: Any) -> list[Node]:
+def _made_between(inputs: Any, outputs: Any) -> set[Node]:
     """Autograd's nodes from `outputs` back to `inputs`, without the parameters' own."""
     seen = {tensor.grad_fn for tensor in tensors_in(inputs)} | {None}
-    found: list[Node] = []
+    found: set[Node] = set()
     ahead = [tensor.grad_fn for tensor in tensors_in(outputs)]
     while ahead:
         node = ahead.pop()
         if node is None or node in seen or node.name() == "torch::autograd::AccumulateGrad":
             continue
         seen.add(node)
-        found.append(node)
+        found.add(node)
         ahead += [following for following, _ in node.next_functions]
     return found

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from mhc_dist.pipeline.hazards import Entry, Launch, Record, Wait, find_hazards
+from mhc_dist.pipeline.recording import RecordedStreams, Recorder
 from mhc_dist.pipeline.streams import CudaDevice, EventStreams, HostStreams, make_streams
 from tests.unit.parallel.recorded_run import record, recorded_config, run_unrecorded
 
@@ -58,6 +59,32 @@ def test_recording_changes_nothing() -> None:
     assert got.keys() == want.keys()
     for name, parameter in want.items():
         assert torch.equal(got[name], parameter), name
+
+
+def test_autograd_orders_streams_only_where_gradients_change_them() -> None:
+    """Oracle: PyTorch's rule, by hand: two urgent operations in a row wait for compute once, before the
+    first of their backwards, and compute waits for them once, after the last.
+    """
+    recorder = Recorder()
+    x = torch.ones(3, requires_grad=True)
+    with recorder:
+        streams = RecordedStreams(recorder)
+        (y,) = streams.urgently(lambda given: (given.mul(2.0).exp(),), x.mul(5.0), after=[])
+        begun = len(recorder.log)
+        y.mul(7.0).backward(torch.ones(3))
+    ran = [
+        (entry.stream, entry.site if isinstance(entry, Wait) else "launch")
+        for entry in recorder.log[begun:]
+        if isinstance(entry, Launch | Wait)
+    ]
+    order = [event for position, event in enumerate(ran) if position == 0 or ran[position - 1] != event]
+    assert order == [
+        ("compute", "launch"),
+        ("urgent", "autograd"),
+        ("urgent", "launch"),
+        ("compute", "autograd"),
+        ("compute", "launch"),
+    ]
 
 
 @pytest.fixture(scope="module")
