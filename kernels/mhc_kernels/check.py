@@ -73,13 +73,16 @@ def check_connection(streams_TNC: Tensor, connection: Connection, pre_TN: Tensor
         _check("pre_TN", pre_TN, (num_tokens, num_streams), (exact,), streams_TNC)
 
 
-def check_update(streams_TNC: Tensor, y_TC: Tensor, post_TN: Tensor, res_TNN: Tensor | None) -> None:
+def check_update(
+    streams_TNC: Tensor, y_TC: Tensor, post_TN: Tensor, res_TNN: Tensor | None, of: str = ""
+) -> None:
+    """`of` goes before the names in messages."""
     num_tokens, num_streams, channels = streams_TNC.shape
     exact = coefficient_dtype(streams_TNC.dtype)
-    _check("y_TC", y_TC, (num_tokens, channels), (streams_TNC.dtype,), streams_TNC)
-    _check("post_TN", post_TN, (num_tokens, num_streams), (exact,), streams_TNC)
+    _check(f"{of}y_TC", y_TC, (num_tokens, channels), (streams_TNC.dtype,), streams_TNC)
+    _check(f"{of}post_TN", post_TN, (num_tokens, num_streams), (exact,), streams_TNC)
     if res_TNN is not None:
-        _check("res_TNN", res_TNN, (num_tokens, num_streams, num_streams), (exact,), streams_TNC)
+        _check(f"{of}res_TNN", res_TNN, (num_tokens, num_streams, num_streams), (exact,), streams_TNC)
 
 
 def check_cross(
@@ -103,9 +106,13 @@ def check_cross(
         raise ValueError("shifted_pre needs pre_TN: pass the pre_TN of the previous Seam")
 
 
-def check_pre(streams_TNC: Tensor, pre_TN: Tensor) -> None:
+def check_pre(streams_TNC: Tensor, pre_TN: Tensor, of: str = "") -> None:
     _check(
-        "pre_TN", pre_TN, tuple(streams_TNC.shape[:2]), (coefficient_dtype(streams_TNC.dtype),), streams_TNC
+        f"{of}pre_TN",
+        pre_TN,
+        tuple(streams_TNC.shape[:2]),
+        (coefficient_dtype(streams_TNC.dtype),),
+        streams_TNC,
     )
 
 
@@ -116,14 +123,19 @@ def check_block(streams_TNC: Tensor, kept: Sequence[Kept]) -> None:
     num_tokens, _, channels = streams_TNC.shape
     exact = coefficient_dtype(streams_TNC.dtype)
     for index, sublayer in enumerate(kept):
-        check_pre(streams_TNC, sublayer.pre_TN)
-        _check("rstd_T", sublayer.rstd_T, (num_tokens,), (exact,), streams_TNC)
-        _check("gain_C", sublayer.gain_C, (channels,), (exact, streams_TNC.dtype), streams_TNC)
+        of = f"kept[{index}]."
+        check_pre(streams_TNC, sublayer.pre_TN, of)
+        _check(f"{of}rstd_T", sublayer.rstd_T, (num_tokens,), (exact,), streams_TNC)
+        _check(f"{of}gain_C", sublayer.gain_C, (channels,), (exact, streams_TNC.dtype), streams_TNC)
         for name in ("rstd_T", "gain_C"):
-            _check_contiguous(name, getattr(sublayer, name))
+            _check_contiguous(of + name, getattr(sublayer, name))
         if index + 1 < len(kept):
             if sublayer.y_TC is None:
+                raise ValueError(f"{of}y_TC is None: only the last of the {len(kept)} sublayers may lack it")
+            check_update(streams_TNC, sublayer.y_TC, sublayer.post_TN, sublayer.res_TNN, of)
+            if (sublayer.res_TNN is None) != (kept[0].res_TNN is None):
+                came = ("a tensor", "None")[sublayer.res_TNN is None]
                 raise ValueError(
-                    f"kept[{index}].y_TC is None: only the last of the {len(kept)} sublayers may lack it"
+                    f"{of}res_TNN is {came}, kept[0].res_TNN is not: None belongs to mixing=identity, and"
+                    " all sublayers of a block are mixed alike"
                 )
-            check_update(streams_TNC, sublayer.y_TC, sublayer.post_TN, sublayer.res_TNN)

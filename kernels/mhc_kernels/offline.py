@@ -20,6 +20,7 @@ from triton.compiler import ASTSource  # type: ignore[import-untyped]
 from triton.runtime.jit import JITFunction  # type: ignore[import-untyped]
 
 from mhc_kernels import launch
+from mhc_kernels.check import check_streams
 from mhc_kernels.device.streams import post_kernel
 from mhc_kernels.seam_function import SeamGradients, Update
 from mhc_kernels.spec import Connection, ConnectionSpec, Kept, Mixing
@@ -149,6 +150,7 @@ def seam_launches(
     """Every kernel of a chunk of layers: open, cross, close, their backwards, the head's reduction, a
     recompute; and what launches in chunks of tokens need besides (their forward is the same)."""
     x, y, post, res, connection = seam_tensors(num_tokens, channels, spec, dtype)
+    check_streams(x)
     carried = post if spec.shifted_pre else None
     update = Update(y, post, res)
     with recorded_launches(architecture) as recorded:

@@ -165,14 +165,50 @@ def _search(pattern: str, text: str) -> str:
 def kernel_resources(
     architecture: str, channels: int, spec: ConnectionSpec, dtype: torch.dtype, only: str | None = None
 ) -> list[KernelResources]:
-    """Compile every kernel of a chunk for `architecture` and measure it."""
+    """Compile every kernel of a chunk for `architecture`, or `only` the one of that name, and measure it."""
     require_compiler()
     read = amd_resources if architecture.startswith("gfx") else nvidia_resources
+    launches = seam_launches(architecture, channels, spec, dtype)
+    names = list(dict.fromkeys(launched.name for launched in launches))
+    if only is not None and only not in names:
+        raise ValueError(f"kernel {only!r} is not launched here: use one of {', '.join(names)}")
     return [
         read(launched, channels, compile_for(launched, architecture))
-        for launched in seam_launches(architecture, channels, spec, dtype)
+        for launched in launches
         if only is None or launched.name == only
     ]
+
+
+def report(arguments: argparse.Namespace) -> bool:
+    """Print what was asked for; whether every kernel fits."""
+    spec = ConnectionSpec(num_streams=arguments.streams, mixing=Mixing(arguments.mixing))
+    dtype = torch.bfloat16 if arguments.dtype == "bf16" else torch.float32
+    if not arguments.json:
+        print(f"{'kernel':24}{'C':>6}{'regs':>6}{'shared':>8}{'spills':>8}{'atomics':>9}{'bytes':>7}  tile")
+    kernels: list[KernelResources] = []
+    fits = True
+    for channels in arguments.channels:
+        for one in kernel_resources(arguments.arch, channels, spec, dtype, arguments.kernel):
+            kernels.append(one)
+            for reason in one.misfits(arguments.arch):
+                fits = False
+                print(f"{one.name} at C = {channels} does not fit: {reason}", file=sys.stderr)
+            if not arguments.json:
+                print(
+                    f"{one.name:24}{one.channels:6}{one.registers:6}{one.shared_bytes:8}{one.spills:8}"
+                    f"{one.atomics:9}{one.vector_bytes:7}  {one.tile}",
+                    flush=True,
+                )
+    if arguments.json:
+        content = {
+            "architecture": arguments.arch,
+            "streams": arguments.streams,
+            "dtype": arguments.dtype,
+            "provenance": provenance("mhc_kernels.resources"),
+            "kernels": [asdict(kernel) for kernel in kernels],
+        }
+        print(json.dumps(content, indent=2))
+    return fits
 
 
 def main() -> None:
@@ -187,34 +223,10 @@ def main() -> None:
     parser.add_argument("--kernel", help="only this kernel")
     parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
     arguments = parser.parse_args()
-    spec = ConnectionSpec(num_streams=arguments.streams, mixing=Mixing(arguments.mixing))
-    dtype = torch.bfloat16 if arguments.dtype == "bf16" else torch.float32
-    if not arguments.json:
-        print(f"{'kernel':18}{'C':>6}{'regs':>6}{'shared':>8}{'spills':>8}{'atomics':>9}{'bytes':>7}  tile")
-    kernels: list[KernelResources] = []
-    fits = True
-    for channels in arguments.channels:
-        for one in kernel_resources(arguments.arch, channels, spec, dtype, arguments.kernel):
-            kernels.append(one)
-            for reason in one.misfits(arguments.arch):
-                fits = False
-                print(f"{one.name} at C = {channels} does not fit: {reason}", file=sys.stderr)
-            if not arguments.json:
-                print(
-                    f"{one.name:18}{one.channels:6}{one.registers:6}{one.shared_bytes:8}{one.spills:8}"
-                    f"{one.atomics:9}{one.vector_bytes:7}  {one.tile}",
-                    flush=True,
-                )
-    if arguments.json:
-        report = {
-            "architecture": arguments.arch,
-            "streams": arguments.streams,
-            "dtype": arguments.dtype,
-            "provenance": provenance("mhc_kernels.resources"),
-            "kernels": [asdict(kernel) for kernel in kernels],
-        }
-        print(json.dumps(report, indent=2))
-    sys.exit(0 if fits else 1)
+    try:
+        sys.exit(0 if report(arguments) else 1)
+    except ValueError as error:
+        parser.error(str(error))
 
 
 if __name__ == "__main__":

@@ -15,6 +15,7 @@ from pathlib import Path
 import yaml
 
 from mhc_kernels import formula
+from mhc_kernels.check import CHANNEL_MULTIPLE
 from mhc_kernels.launch import parameter_splits
 from mhc_kernels.spec import ConnectionSpec, Mixing
 from mhc_kernels.tiles import ARCHITECTURES, tiles_for
@@ -53,6 +54,11 @@ class Roofline:
 def roofline(
     device: Device, num_tokens: int, channels: int, spec: ConnectionSpec, architecture: str = "sm_90"
 ) -> Roofline:
+    if num_tokens < 1 or channels < 1 or channels % CHANNEL_MULTIPLE:
+        raise ValueError(
+            f"T={num_tokens}, C={channels}: at least one token and a multiple of {CHANNEL_MULTIPLE} channels "
+            "are needed"
+        )
     tiles = tiles_for(architecture, spec.num_streams, channels)
 
     def microseconds(moved: formula.Bytes) -> float:
@@ -90,18 +96,8 @@ def load_device(cluster: str) -> Device:
     return Device(str(device.get("name", path.stem)), bandwidth, share)
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--cluster", required=True)
-    parser.add_argument("--tokens", type=int, default=4096)
-    parser.add_argument("--channels", type=int, nargs="+", default=[1280, 1920, 2560])
-    parser.add_argument("--streams", type=int, default=4)
-    parser.add_argument("--mixing", choices=[str(mixing) for mixing in Mixing], default=str(Mixing.SINKHORN))
-    parser.add_argument("--arch", choices=ARCHITECTURES, default="sm_90", help="whose tiles are used")
-    parser.add_argument("--json", action="store_true")
-    arguments = parser.parse_args()
+def report(arguments: argparse.Namespace) -> None:
+    """Print what was asked for."""
     spec = ConnectionSpec(num_streams=arguments.streams, mixing=Mixing(arguments.mixing))
     device = load_device(arguments.cluster)
     rows = [roofline(device, arguments.tokens, c, spec, arguments.arch) for c in arguments.channels]
@@ -115,6 +111,24 @@ def main() -> None:
             f"{row.channels:6}{row.forward_us:10.1f}{row.backward_us:10.1f}{row.recompute_us:11.1f}"
             f"{row.total_us:9.1f}"
         )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--cluster", required=True)
+    parser.add_argument("--tokens", type=int, default=4096)
+    parser.add_argument("--channels", type=int, nargs="+", default=[1280, 1920, 2560])
+    parser.add_argument("--streams", type=int, default=4)
+    parser.add_argument("--mixing", choices=[str(mixing) for mixing in Mixing], default=str(Mixing.SINKHORN))
+    parser.add_argument("--arch", choices=ARCHITECTURES, default="sm_90", help="whose tiles are used")
+    parser.add_argument("--json", action="store_true")
+    arguments = parser.parse_args()
+    try:
+        report(arguments)
+    except ValueError as error:
+        parser.error(str(error))
 
 
 if __name__ == "__main__":

@@ -66,7 +66,7 @@ def order_by_expert(expert_TK: Tensor, num_experts: int) -> Order:
 
 def permute(x_TC: Tensor, order: Order) -> Tensor:
     """Rows of the chosen experts, (R, C)."""
-    _check_rows("x_TC", x_TC, order.place_TK.shape[0])
+    _check_rows("x_TC", x_TC, order.place_TK.shape[0], order)
     if x_TC.is_cuda:
         return cast(Tensor, _Permute.apply(x_TC, order.token_R, order.place_TK))
     return x_TC.index_select(0, order.token_R)
@@ -74,11 +74,14 @@ def permute(x_TC: Tensor, order: Order) -> Tensor:
 
 def unpermute(rows_RC: Tensor, weight_TK: Tensor, order: Order) -> Tensor:
     """sum_k weight[t, k] rows[place[t, k]], (T, C) in the rows' dtype; the sum is fp32, in order of k."""
-    _check_rows("rows_RC", rows_RC, order.token_R.numel())
+    _check_rows("rows_RC", rows_RC, order.token_R.numel(), order)
     if weight_TK.shape != order.place_TK.shape:
         raise ValueError(
             f"weight_TK has shape {tuple(weight_TK.shape)}: {tuple(order.place_TK.shape)} is needed"
         )
+    if not weight_TK.is_floating_point():
+        raise ValueError(f"weight_TK has dtype {weight_TK.dtype}: a floating dtype is needed")
+    _check_device("weight_TK", weight_TK, rows_RC)
     return cast(Tensor, _Unpermute.apply(rows_RC, weight_TK, order.token_R, order.place_TK))
 
 
@@ -94,13 +97,40 @@ def swiglu(gate_up_RD: Tensor) -> Tensor:
 
 def grouped_matmul(rows_RC: Tensor, weight_ECD: Tensor, rows_per_expert_E: Tensor) -> Tensor:
     """rows of expert e times weight[e], (R, D): torch's grouped product, on CPUs and GPUs."""
+    if weight_ECD.dim() != 3 or rows_RC.dim() != 2 or rows_RC.shape[1] != weight_ECD.shape[1]:
+        raise ValueError(
+            f"rows_RC has shape {tuple(rows_RC.shape)} and weight_ECD {tuple(weight_ECD.shape)}: "
+            "(rows, channels) and (experts, channels, width) are needed"
+        )
+    if rows_per_expert_E.shape != weight_ECD.shape[:1]:
+        raise ValueError(
+            f"rows_per_expert_E has shape {tuple(rows_per_expert_E.shape)}: one number for each of the "
+            f"{len(weight_ECD)} experts of weight_ECD is needed"
+        )
+    for name, tensor in (("weight_ECD", weight_ECD), ("rows_per_expert_E", rows_per_expert_E)):
+        _check_device(name, tensor, rows_RC)
+    if weight_ECD.dtype != rows_RC.dtype:
+        raise ValueError(
+            f"weight_ECD has dtype {weight_ECD.dtype}: that of rows_RC, {rows_RC.dtype}, is needed"
+        )
     ends_E = rows_per_expert_E.cumsum(0).to(torch.int32)
     return functional.grouped_mm(rows_RC, weight_ECD, offs=ends_E)
 
 
-def _check_rows(name: str, tensor: Tensor, rows: int) -> None:
+def _check_rows(name: str, tensor: Tensor, rows: int, order: Order) -> None:
     if tensor.dim() != 2 or tensor.shape[0] != rows:
         raise ValueError(f"{name} has shape {tuple(tensor.shape)}: ({rows}, channels) is needed")
+    if not tensor.is_floating_point():
+        raise ValueError(f"{name} has dtype {tensor.dtype}: a floating dtype is needed")
+    if tensor.device != order.token_R.device:
+        raise ValueError(
+            f"{name} is on {tensor.device}, order on {order.token_R.device}: one device is needed"
+        )
+
+
+def _check_device(name: str, tensor: Tensor, rows_RC: Tensor) -> None:
+    if tensor.device != rows_RC.device:
+        raise ValueError(f"{name} is on {tensor.device}, rows_RC on {rows_RC.device}: one device is needed")
 
 
 def _blocks(count: int, size: int) -> list[slice]:

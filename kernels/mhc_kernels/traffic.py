@@ -23,6 +23,7 @@ from typing import Any
 import torch
 
 from mhc_kernels import formula, interpreted, launch
+from mhc_kernels.check import check_streams
 from mhc_kernels.provenance import provenance
 from mhc_kernels.seam_function import SeamGradients, Update
 from mhc_kernels.spec import Connection, ConnectionSpec, Kept, Mixing
@@ -89,6 +90,7 @@ class Sublayer:
         if spec.num_res_coefficients == 0:
             self.update = self.update._replace(res_TNN=None)
         self.connection = Connection(draw(m, n * channels), draw(3), draw(m), draw(channels), spec)
+        check_streams(self.streams)
         self.carried = draw(num_tokens, n) if spec.shifted_pre else None
         self.forward = launch.seam_forward(self.streams, self.update, self.connection, self.carried)
 
@@ -309,6 +311,25 @@ def print_chunked(report: dict[str, Any]) -> None:
         )
 
 
+def report(arguments: argparse.Namespace) -> None:
+    """Count and print what was asked for."""
+    spec = ConnectionSpec(
+        num_streams=arguments.streams,
+        mixing=Mixing(arguments.mixing),
+        sinkhorn_iterations=2,  # they happen in registers and move nothing; few keep the count short
+        shifted_pre=arguments.shifted_pre,
+    )
+    dtype = torch.bfloat16 if arguments.dtype == "bf16" else torch.float32
+    counted = measure_chunked if arguments.chunked else measure
+    counts = counted(arguments.channels, spec, dtype) | {"provenance": provenance("mhc_kernels.traffic")}
+    if arguments.json:
+        print(json.dumps(counts, indent=2))
+    elif arguments.chunked:
+        print_chunked(counts)
+    else:
+        print_table(counts)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -321,21 +342,10 @@ def main() -> None:
     parser.add_argument("--chunked", action="store_true", help="count launches in chunks behind a cache")
     parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
     arguments = parser.parse_args()
-    spec = ConnectionSpec(
-        num_streams=arguments.streams,
-        mixing=Mixing(arguments.mixing),
-        sinkhorn_iterations=2,  # they happen in registers and move nothing; few keep the count short
-        shifted_pre=arguments.shifted_pre,
-    )
-    dtype = torch.bfloat16 if arguments.dtype == "bf16" else torch.float32
-    counted = measure_chunked if arguments.chunked else measure
-    report = counted(arguments.channels, spec, dtype) | {"provenance": provenance("mhc_kernels.traffic")}
-    if arguments.json:
-        print(json.dumps(report, indent=2))
-    elif arguments.chunked:
-        print_chunked(report)
-    else:
-        print_table(report)
+    try:
+        report(arguments)
+    except ValueError as error:
+        parser.error(str(error))
 
 
 if __name__ == "__main__":

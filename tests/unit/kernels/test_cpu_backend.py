@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from mhc_kernels import check
-from mhc_kernels.seam import ConnectionSpec, make_backend
+from mhc_kernels.seam import ConnectionSpec, Kept, make_backend
 
 from tests.unit.kernels.seam_cases import (
     ALL_SPECS,
@@ -186,6 +186,17 @@ def test_bad_companions_are_refused_by_name() -> None:
         backend.open(inputs.streams_TNC, connection, seam.pre_TN)
     with pytest.raises(ValueError, match="kept is empty"):
         backend.recompute_block(inputs.streams_TNC, [])
+    kept = Kept(seam.pre_TN, seam.rstd_T, connection.gain_C, seam.post_TN, seam.res_TNN, y_TC)
+    for changed, message in (
+        ({"rstd_T": seam.rstd_T[:2]}, r"kept\[1\]\.rstd_T has shape \(2,\)"),
+        ({"pre_TN": seam.pre_TN.bfloat16()}, r"kept\[1\]\.pre_TN has dtype torch\.bfloat16"),
+        ({"post_TN": seam.post_TN.to("meta")}, r"kept\[1\]\.post_TN is on meta"),
+        ({"y_TC": None}, r"kept\[1\]\.y_TC is None: only the last of the 3"),
+        ({"res_TNN": None}, r"kept\[1\]\.res_TNN is None, kept\[0\]\.res_TNN is not"),
+        ({"gain_C": torch.zeros(128)[::2]}, r"kept\[1\]\.gain_C has strides \(2,\)"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            backend.recompute_block(seam.streams_TNC, [kept, kept._replace(**changed), kept])
     with pytest.raises(ValueError, match="backend 'gpu' is unknown"):
         make_backend("gpu")  # type: ignore[arg-type]
     assert check.CHANNEL_MULTIPLE == 16

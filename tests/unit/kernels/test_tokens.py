@@ -85,3 +85,24 @@ def test_bad_arguments_are_refused_by_name() -> None:
         tokens.unpermute(torch.zeros(4, 8), torch.zeros(4, 2), order)
     with pytest.raises(ValueError, match=r"gate_up has shape \(4, 7\)"):
         tokens.swiglu(torch.zeros(4, 7))
+
+
+def test_companions_of_other_kinds_are_refused_by_name() -> None:
+    """Oracle: the contract: dtype, device and the sizes that belong together."""
+    order = tokens.order_by_expert(choices(4, 2, 8), 8)
+    rows_RC, weight_TK = torch.zeros(8, 16), torch.zeros(4, 2)
+    with pytest.raises(ValueError, match=r"x_TC has dtype torch\.int64: a floating dtype"):
+        tokens.permute(torch.zeros(4, 16, dtype=torch.int64), order)
+    with pytest.raises(ValueError, match=r"x_TC is on meta, order on cpu: one device"):
+        tokens.permute(torch.zeros(4, 16, device="meta"), order)
+    with pytest.raises(ValueError, match=r"weight_TK has dtype torch\.int64"):
+        tokens.unpermute(rows_RC, weight_TK.long(), order)
+    with pytest.raises(ValueError, match=r"weight_TK is on meta, rows_RC on cpu"):
+        tokens.unpermute(rows_RC, weight_TK.to("meta"), order)
+    counts_E, bank_ECD = order.rows_per_expert_E, torch.zeros(8, 16, 32)
+    with pytest.raises(ValueError, match=r"weight_ECD \(8, 32, 16\): \(rows, channels\)"):
+        tokens.grouped_matmul(rows_RC, bank_ECD.transpose(1, 2), counts_E)
+    with pytest.raises(ValueError, match=r"rows_per_expert_E has shape \(7,\): one number for each of the 8"):
+        tokens.grouped_matmul(rows_RC, bank_ECD, counts_E[:7])
+    with pytest.raises(ValueError, match=r"weight_ECD has dtype torch\.bfloat16: that of rows_RC"):
+        tokens.grouped_matmul(rows_RC, bank_ECD.bfloat16(), counts_E)
