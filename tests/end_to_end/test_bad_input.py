@@ -18,7 +18,7 @@ TINY = Path(__file__).parents[2] / "configs" / "tiny.yaml"
 
 
 def start(output: Path, *overrides: str) -> subprocess.Popen[str]:
-    """`mhc-dist train` of a small model on four processes."""
+    """`mhc-dist train` of a small model, on four processes unless the overrides say otherwise."""
     command = [str(Path(sys.executable).with_name("mhc-dist")), "train", str(TINY)]
     for override in [*SMALL_RUN, f"train.output={output}", *overrides]:
         command += ["--set", override]
@@ -76,7 +76,7 @@ def test_a_rank_that_dies_in_step_3_ends_the_run_and_is_named(victim: int, tmp_p
 
 def test_a_request_to_stop_ends_the_run_in_order(tmp_path: Path) -> None:
     """Oracle: exit code 83 of guard/exit_codes.py, and a metrics file that ends with a whole line."""
-    process = start(tmp_path, "train.steps=100000")
+    process = start(tmp_path, "train.steps=100000", "parallel.pipeline=1", "schedule.cluster=null")
     wait_for_step(tmp_path, 2, process)
     process.send_signal(signal.SIGTERM)
     out, err = process.communicate(timeout=60)

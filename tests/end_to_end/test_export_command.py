@@ -21,6 +21,7 @@ from mhc_dist.export.torch_file import write_torch
 from mhc_dist.export.weights import StateDictWeights, build_model
 from mhc_dist.generate import main as generate_main
 from mhc_dist.model.decode import Decoder, generate
+from tests.multi_rank.forked_run import run_to_end
 from tests.unit.export.models import MHC, export_config, trained_model
 
 MHC_DIST = str(Path(sys.executable).with_name("mhc-dist"))
@@ -48,10 +49,8 @@ def run(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
 @pytest.mark.timeout(300)
 def test_an_exported_checkpoint_has_the_loss_that_training_reported(tmp_path: Path) -> None:
     """Oracle: the validation loss of a run on two ranks that share the experts, over the same windows."""
-    settings = [part for value in (*SHORT, f"train.output={tmp_path}") for part in ("--set", value)]
-    trained = run("train", TINY, *settings)
-    assert trained.returncode == 0, trained.stderr
-    reported = json.loads(trained.stdout.splitlines()[-1])["validation_loss"]
+    run_to_end(load_config(TINY, [*SHORT, f"train.output={tmp_path}"]))
+    reported = json.loads((tmp_path / "tiny" / "summary.json").read_text())["validation_loss"]
     assert export_command.main([str(tmp_path / "tiny"), "--to", "hf", "--output", str(tmp_path / "hf")]) == 0
     config, state = read_huggingface(tmp_path / "hf")
     of_run = load_config(tmp_path / "tiny" / "config.yaml")

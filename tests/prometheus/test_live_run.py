@@ -162,13 +162,23 @@ def test_phase_seconds_add_up_to_wall_time(prometheus: str, run_folder: Path) ->
     wait_for_values(prometheus, "run:mhc_step_seconds:mean", time.monotonic() + PATIENCE_SECONDS)
     targets = find_targets(run_folder)
     before = [read_series(target) for target in targets]
-    time.sleep(20)
-    for first, last in zip(before, [read_series(target) for target in targets], strict=True):
+    for target, first in zip(targets, before, strict=True):
+        last = read_when_seconds_later(target, first, 5.0)
         wall = last["mhc_last_step_timestamp_seconds"] - first["mhc_last_step_timestamp_seconds"]
         phases = [f'mhc_step_phase_seconds_total{{phase="{phase.value}"}}' for phase in StepPhase]
         assert all(last[phase] >= first[phase] for phase in phases)
         assert sum(last[phase] - first[phase] for phase in phases) == pytest.approx(wall, rel=0.01)
         assert len(last) < 200
+
+
+def read_when_seconds_later(target: Target, first: dict[str, float], seconds: float) -> dict[str, float]:
+    """The series once the last step ended at least so long after that of `first`."""
+    deadline = time.monotonic() + PATIENCE_SECONDS
+    end = "mhc_last_step_timestamp_seconds"
+    while (last := read_series(target))[end] < first[end] + seconds:
+        assert time.monotonic() < deadline, f"no step ended in {PATIENCE_SECONDS} s"
+        time.sleep(0.2)
+    return last
 
 
 def read_series(target: Target) -> dict[str, float]:
