@@ -42,6 +42,8 @@ class Plan(NamedTuple):
 
     device: str = "cuda"
     cases: Sequence[tuple[ConnectionSpec, int]] = CASES
+    chunked_cases: Sequence[tuple[ConnectionSpec, int]] = CASES[:1]
+    dtypes: Sequence[torch.dtype] = (torch.float32, torch.bfloat16)
     num_tokens: int = 130
     token_rows: tuple[int, int] = (300, 512)
     timed_channels: Sequence[int] = (1280, 2560, 4096)
@@ -222,12 +224,12 @@ def check_device(
     """Run everything, write the report, say what failed; the exit status."""
     plain, chunked, device = make_backend("triton"), chunked_backend(), plan.device
     cases = []
-    for dtype in (torch.float32, torch.bfloat16):
+    for dtype in plan.dtypes:
         for spec, channels in plan.cases:
             cases.append(check_case(plain, spec, channels, dtype, plan.num_tokens, device))
-        spec, channels = plan.cases[0]
-        num_tokens = chunked_tokens(spec, channels, dtype, device)
-        cases.append(check_case(chunked, spec, channels, dtype, num_tokens, device))
+        for spec, channels in plan.chunked_cases:
+            num_tokens = chunked_tokens(spec, channels, dtype, device)
+            cases.append(check_case(chunked, spec, channels, dtype, num_tokens, device))
     token_case = check_tokens(*plan.token_rows, device)
     report = {
         "device": device_name,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import numpy as np
@@ -29,6 +30,7 @@ def _few_programs(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(traffic, "TOKEN_COUNTS", (16, 32))
 
 
+@functools.cache
 def measured(num_streams: int, mixing: Mixing, channels: int, dtype: torch.dtype) -> dict[str, Any]:
     """The report at few Sinkhorn iterations, which happen in registers and move nothing."""
     spec = ConnectionSpec(num_streams=num_streams, mixing=mixing, sinkhorn_iterations=2)
