@@ -22,7 +22,6 @@ from mhc_dist.guard.spikes import Spike
 from mhc_dist.guard.stop import StopKind
 from mhc_dist.observe.exporter import start_exporter
 from mhc_dist.observe.fault_series import NonfiniteReason
-from mhc_dist.observe.loss_plot import plot_loss
 from mhc_dist.observe.memory import MemoryUse, memory_use
 from mhc_dist.observe.metrics import CommOp, CommUse, RankLabels, RankStep, RunStep, TrainMetrics, Work
 from mhc_dist.observe.progress import TrainProgress
@@ -254,6 +253,9 @@ class RunReporter:
         Loss and speed are those of the whole run, those of earlier processes included; seconds and counts
         are this process's.
         """
+        # Matplotlib takes half a second to import, and one rank draws once.
+        from mhc_dist.observe.loss_plot import plot_loss
+
         folder = self._config.folder
         records = [record for record in read_log(folder) if "step_seconds" in record]
         if not records:
