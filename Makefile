@@ -38,7 +38,7 @@ train: setup
 	$(BIN)/mhc-dist train configs/tiny.yaml
 
 test: setup tools
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --dist worksteal
 
 test-long: setup tools
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m long --timeout 1800
