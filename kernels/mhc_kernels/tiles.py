@@ -78,7 +78,7 @@ def _post_project(architecture: str, num_streams: int) -> Tile:
     """At n = 8 the tiles of phi, 80 coefficients padded to 128, by 8 streams, leave no room in shared memory
     for loads that run ahead."""
     if architecture.startswith("gfx"):
-        return Tile(16, 32, 8, num_stages=2 if num_streams <= 4 else 1)
+        return Tile(32, 32, 2) if num_streams <= 4 else Tile(16, 32, 2, num_stages=1)
     return Tile(64, 32, 8, num_stages=3 if num_streams <= 4 else 1)
 
 
