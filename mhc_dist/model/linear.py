@@ -7,8 +7,8 @@ for it, and the weight gradient later, when this rank would idle. Layers here pu
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any, Protocol
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -23,24 +23,76 @@ class DeferredWork(Protocol):
     def put(self, work: Callable[[], None]) -> None: ...
 
 
-def accumulate_gradient(parameter: nn.Parameter, gradient: Tensor) -> None:
-    """Add `gradient` to where the optimizer collects it: the parameter's own sink, or `.grad`."""
-    sink: Callable[[Tensor], None] | None = getattr(parameter, "accumulate_gradient", None)
-    if sink is not None:
-        sink(gradient)
-    elif parameter.grad is None:
-        parameter.grad = gradient.to(parameter.dtype)
+class WeightGradient(NamedTuple):
+    """grad^T x, for every expert of its own rows (R of them, `counts[e]` of expert e) or for all at once.
+
+    It goes straight into the fp32 sum over microbatches where the parameter has one (its attribute
+    `gradient_sum`, a function that returns it), and then no bit of it is rounded to the parameter's dtype.
+    """
+
+    grad_RO: Tensor
+    x_RI: Tensor
+    counts: Sequence[int]
+
+    def deliver(self, weight: nn.Parameter) -> None:
+        """Add it where the optimizer collects the gradients of `weight`: its sum, or `.grad`."""
+        gradient_sum: Callable[[], Tensor] | None = getattr(weight, "gradient_sum", None)
+        if gradient_sum is not None:
+            for grad, x, sum_OI in self._by_expert(gradient_sum()):
+                if x.shape[0]:
+                    _add_product(sum_OI, grad, x)
+        elif weight.grad is None:
+            weight.grad = self.alone(weight)
+        else:
+            weight.grad += self.alone(weight)
+
+    def alone(self, weight: Tensor) -> Tensor:
+        """A tensor like `weight`, in its dtype; zero for experts without rows."""
+        gradient = torch.empty_like(weight)
+        for grad, x, out_OI in self._by_expert(gradient):
+            if x.shape[0]:
+                torch.mm(grad.t(), x, out=out_OI)
+            else:
+                out_OI.zero_()
+        return gradient
+
+    def _by_expert(self, weight: Tensor) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+        """Rows of the gradient, rows of x, and the matrix of each expert."""
+        counts = list(self.counts)
+        weight_EOI = weight.view(len(counts), *weight.shape[-2:])
+        return zip(self.grad_RO.split(counts), self.x_RI.split(counts), weight_EOI, strict=True)
+
+
+def _add_product(sum_OI: Tensor, grad_RO: Tensor, x_RI: Tensor) -> None:
+    """sum += grad^T x; the product of rounded factors is added up in fp32 and stays there."""
+    grad_OR = grad_RO.t()
+    if not sum_OI.is_cuda:
+        # There is no product of bf16 factors with an fp32 result; that of their fp32 values is the same. As
+        # a sum of its own it is more exact than the blocks of rows that addmm adds to a large sum one by one.
+        sum_OI += grad_OR.to(sum_OI.dtype) @ x_RI.to(sum_OI.dtype)
+    elif grad_RO.dtype is sum_OI.dtype:
+        sum_OI.addmm_(grad_OR, x_RI)
     else:
-        parameter.grad += gradient
+        torch.addmm(sum_OI, grad_OR, x_RI, out_dtype=sum_OI.dtype, out=sum_OI)
 
 
-def _put_off(queue: DeferredWork, weight: nn.Parameter, gradient: Callable[[], Tensor]) -> None:
-    # A backward runs without autograd; what it puts off must too.
-    def work() -> None:
-        with torch.no_grad():
-            accumulate_gradient(weight, gradient())
+def _backward_of_weight(
+    queue: DeferredWork | None, weight: nn.Parameter, gradient: WeightGradient
+) -> Tensor | None:
+    """What a backward returns to autograd for `weight`: nothing, if it is put off or has gone to its sum."""
+    if queue is not None and queue.is_open:
 
-    queue.put(work)
+        def work() -> None:
+            # A backward runs without autograd; what it puts off must too.
+            with torch.no_grad():
+                gradient.deliver(weight)
+
+        queue.put(work)
+        return None
+    if hasattr(weight, "gradient_sum"):
+        gradient.deliver(weight)
+        return None
+    return gradient.alone(weight)
 
 
 class _Linear(torch.autograd.Function):
@@ -57,14 +109,11 @@ class _Linear(torch.autograd.Function):
     def backward(ctx: Any, grad_TO: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
         (x_TI,) = ctx.saved_tensors
         weight_OI: nn.Parameter = ctx.weight
-        queue: DeferredWork | None = ctx.queue
         grad_x = grad_TO @ weight_OI if ctx.needs_input_grad[0] else None
         if not ctx.needs_input_grad[1]:
             return grad_x, None, None
-        if queue is None or not queue.is_open:
-            return grad_x, grad_TO.t() @ x_TI, None
-        _put_off(queue, weight_OI, lambda: grad_TO.t() @ x_TI)
-        return grad_x, None, None
+        gradient = WeightGradient(grad_TO, x_TI, [x_TI.shape[0]])
+        return grad_x, _backward_of_weight(ctx.queue, weight_OI, gradient), None
 
 
 class Linear(nn.Module):
@@ -100,7 +149,6 @@ class _GroupedLinear(torch.autograd.Function):
         (x_RI,) = ctx.saved_tensors
         weight_EOI: nn.Parameter = ctx.weight
         counts: list[int] = ctx.counts
-        queue: DeferredWork | None = ctx.queue
         grad_x = None
         if ctx.needs_input_grad[0]:
             grad_x = torch.empty_like(x_RI)
@@ -111,18 +159,8 @@ class _GroupedLinear(torch.autograd.Function):
                     torch.mm(grad, weight, out=out)
         if not ctx.needs_input_grad[1]:
             return grad_x, None, None, None
-
-        def weight_gradient() -> Tensor:
-            grad_weight = torch.zeros_like(weight_EOI)
-            for grad, x, out in zip(grad_RO.split(counts), x_RI.split(counts), grad_weight, strict=True):
-                if x.shape[0]:
-                    torch.mm(grad.t(), x, out=out)
-            return grad_weight
-
-        if queue is None or not queue.is_open:
-            return grad_x, weight_gradient(), None, None
-        _put_off(queue, weight_EOI, weight_gradient)
-        return grad_x, None, None, None
+        gradient = WeightGradient(grad_RO, x_RI, counts)
+        return grad_x, _backward_of_weight(ctx.queue, weight_EOI, gradient), None, None
 
 
 class GroupedLinear(nn.Module):

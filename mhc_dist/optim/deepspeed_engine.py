@@ -320,9 +320,9 @@ class OptimizerEngine:
     A rank may hold dense parameters only, experts only, or both.
 
     Building it and calling `reduce_gradients`, `finish_step`, `reduced_gradients`, `export_state` is
-    collective over the world. Every parameter gets the attribute `accumulate_gradient(gradient)`, which adds
-    a weight gradient that autograd did not deliver; what autograd delivers is moved to the main gradient by
-    a hook, and `parameter.grad` stays None.
+    collective over the world. Every parameter gets the attribute `gradient_sum()`: its fp32 main gradient,
+    for whoever computes a weight gradient to add to; what autograd delivers instead is moved there by a
+    hook, and `parameter.grad` stays None.
     """
 
     def __init__(self, module: nn.Module, config: RunConfig, topology: Topology) -> None:
@@ -425,28 +425,28 @@ class OptimizerEngine:
             for parameter, gradient in zip(group.parameters, slices, strict=True):
                 main = gradient.view(parameter.shape)
                 main_gradients[parameter] = main
-                add = self._adder(main)
-                parameter.accumulate_gradient = add  # type: ignore[attr-defined]
+                open_sum = self._opener(main)
+                parameter.gradient_sum = open_sum  # type: ignore[attr-defined]
 
-                def move(parameter: Tensor, add: Callable[[Tensor], None] = add) -> None:
-                    # None where the weight gradient was put off: autograd visits the parameter all the same.
+                def move(parameter: Tensor, open_sum: Callable[[], Tensor] = open_sum) -> None:
+                    # None where the weight gradient went there already, or was put off: autograd visits the
+                    # parameter all the same.
                     if parameter.grad is not None:
-                        add(parameter.grad)
+                        with torch.no_grad():
+                            open_sum().add_(parameter.grad)
                         parameter.grad = None
 
                 parameter.register_post_accumulate_grad_hook(move)
         return main_gradients
 
-    def _adder(self, main: Tensor) -> Callable[[Tensor], None]:
+    def _opener(self, main: Tensor) -> Callable[[], Tensor]:
         optimizer = self._optimizer
 
-        @torch.no_grad()
-        def add(gradient: Tensor) -> None:
-            assert gradient.shape == main.shape, f"gradient {tuple(gradient.shape)} for {tuple(main.shape)}"
+        def open_sum() -> Tensor:
             assert not optimizer.is_reduced, "a gradient arrived after reduce_gradients and would be lost"
-            main.add_(gradient)
+            return main
 
-        return add
+        return open_sum
 
     def main_gradient(self, parameter: nn.Parameter) -> Tensor:
         """The fp32 gradient of a parameter of this rank, summed over the microbatches so far; a view.

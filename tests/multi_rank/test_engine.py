@@ -130,7 +130,7 @@ def run_engine(rank: int, shape: Shape) -> tuple[list[StepOutcome], dict[str, An
                     if loss.requires_grad:
                         # As a deferred weight gradient arrives: not through autograd's accumulation.
                         (gradient,) = torch.autograd.grad(loss, [module.experts])
-                        module.experts.accumulate_gradient(gradient)  # type: ignore[attr-defined]
+                        module.experts.gradient_sum().add_(gradient)  # type: ignore[attr-defined]
         outcomes.append(engine.finish_step())
     state = engine.export_state()
     assert state.num_steps == state.num_updates == STEPS
@@ -400,9 +400,9 @@ def test_small_bf16_gradients_are_summed_in_fp32() -> None:
         assert module.weight.dtype == torch.bfloat16
         assert module.gain.dtype == torch.float32
         weight = module.weight
-        weight.accumulate_gradient(torch.ones_like(weight))  # type: ignore[attr-defined]
+        weight.gradient_sum().add_(torch.ones_like(weight))  # type: ignore[attr-defined]
         for _ in range(64):
-            weight.accumulate_gradient(torch.full_like(weight, 2.0**-10))  # type: ignore[attr-defined]
+            weight.gradient_sum().add_(torch.full_like(weight, 2.0**-10))  # type: ignore[attr-defined]
         assert torch.equal(engine.main_gradient(weight), torch.full((WIDTH, WIDTH), 1 + 64 * 2.0**-10))
         assert weight.grad is None
 
@@ -421,7 +421,7 @@ def test_a_saved_parameter_still_knows_its_sink() -> None:
         @staticmethod
         def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
             x, weight = ctx.saved_tensors
-            ctx.queue.append(lambda: weight.accumulate_gradient(x.t() @ gradient))
+            ctx.queue.append(lambda: weight.gradient_sum().add_(x.detach().t() @ gradient))
             return gradient @ weight.t(), None, None
 
     def run(rank: int) -> None:
