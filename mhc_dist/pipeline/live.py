@@ -8,7 +8,7 @@ the layers themselves save for their backward stays in memory.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
 from typing import Any
 
@@ -34,6 +34,10 @@ class GradientStore:
     def take(self, name: str) -> Tensor | None:
         """The complete gradient, given out once; None when no reader contributed."""
         return self._gradients.pop(name, None)
+
+    def __iter__(self) -> Iterator[str]:
+        """Names whose gradient nobody has taken."""
+        return iter(self._gradients)
 
 
 class _Entry(torch.autograd.Function):
@@ -68,6 +72,7 @@ class LiveMicrobatch:
         self._tokens: dict[str, Token] = {}
         self.gradients = GradientStore()
         self._values: dict[str, Any] = dict(given)
+        self._given = frozenset(given)
         self._readers_left = Counter(name for item in chunk.items for name in item.shape.reads)
         self._segments: dict[str, dict[str, GradientEdge]] = {}
         self._pending: dict[tuple[str, Pass], PendingExchange] = {}
@@ -205,6 +210,8 @@ class LiveMicrobatch:
             *self._replays,
             *(f"{name}.{way}" for name, way in self._pending),
             *self._constants,
+            # That of a value from outside goes nowhere.
+            *(f"gradient of {name}" for name in self.gradients if name not in self._given),
         ]
         assert not (self.training and left), (
             f"chunk {self.chunk.index} microbatch {self.microbatch}: left {left}"
