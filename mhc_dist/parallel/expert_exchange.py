@@ -10,7 +10,7 @@ Shapes: G ranks in the group, E all experts, R rows leaving, S rows arriving, C 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import NamedTuple, Protocol
+from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -35,25 +35,6 @@ class ArrivalPlan(NamedTuple):
     expert_counts: list[int]
 
 
-class Link(Protocol):
-    """Delays completion as a slow network would (`emulated_link`)."""
-
-    def send(self, payload_bytes: int) -> float: ...
-
-    def wait(self, landing: float) -> None: ...
-
-
-@dataclass(frozen=True)
-class _Landing:
-    """When an emulated link lets a transfer complete."""
-
-    link: Link
-    at: float
-
-    def wait(self) -> None:
-        self.link.wait(self.at)
-
-
 @dataclass
 class _Pending:
     """An exchange on its way; without a flight where a rank is its own expert group."""
@@ -61,13 +42,10 @@ class _Pending:
     streams: Streams
     flight: Flight | None
     load: ExchangeLoad
-    landing: _Landing | None
     token: Token = None
 
     def land(self) -> None:
         self.token = self.streams.position() if self.flight is None else self.flight.land()
-        if self.landing is not None:
-            self.landing.wait()
 
 
 @dataclass
@@ -142,25 +120,19 @@ class ExpertExchange:
         self.group_size = group_size
         self.num_local_experts = num_experts // group_size
         self._forward_group, self._backward_group = forward_group, backward_group
-        self._link: Link | None = None
-
-    def use_link(self, link: Link | None) -> None:
-        """Hold completions back as `link` says, from now on; None goes back to the real network."""
-        self._link = link
 
     def issue_counts(self, count_E: Tensor) -> PendingCounts:
         """Tell every rank how many rows each of its experts will get; count_E (E,) int64."""
         sent_GE = count_E.view(self.group_size, self.num_local_experts)
         if self.group_size == 1:
             return PendingCounts(
-                self._streams, None, ExchangeLoad(0, 0), None, sent_GE=sent_GE, received_GE=sent_GE
+                self._streams, None, ExchangeLoad(0, 0), sent_GE=sent_GE, received_GE=sent_GE
             )
         received_GE = torch.empty_like(sent_GE)
         flight = self._transfer(Pass.FORWARD, received_GE, sent_GE, None, None)
         num_bytes = (self.group_size - 1) * sent_GE[0].numel() * sent_GE.element_size()
         load = ExchangeLoad(num_bytes, num_bytes)
-        landing = self._landing(load)
-        return PendingCounts(self._streams, flight, load, landing, sent_GE=sent_GE, received_GE=received_GE)
+        return PendingCounts(self._streams, flight, load, sent_GE=sent_GE, received_GE=received_GE)
 
     def issue_dispatch(self, rows_RC: Tensor, plan: ArrivalPlan) -> PendingRows:
         """Rows to their experts; arrives as (S, C)."""
@@ -179,7 +151,7 @@ class ExpertExchange:
     def _issue(self, rows: Tensor, send: list[int], receive: list[int], direction: Pass) -> PendingRows:
         assert rows.shape[0] == sum(send), (rows.shape, send)
         if self.group_size == 1:
-            return PendingRows(self._streams, None, ExchangeLoad(0, 0), None, result=rows)
+            return PendingRows(self._streams, None, ExchangeLoad(0, 0), result=rows)
         rows = rows.contiguous()  # gloo and NCCL both send flat memory
         result = rows.new_empty(sum(receive), rows.shape[1])
         flight = self._transfer(direction, result, rows, receive, send)
@@ -188,7 +160,7 @@ class ExpertExchange:
         load = ExchangeLoad(
             (sum(send) - send[local]) * row_bytes, (sum(receive) - receive[local]) * row_bytes
         )
-        return PendingRows(self._streams, flight, load, self._landing(load), result=result)
+        return PendingRows(self._streams, flight, load, result=result)
 
     def _transfer(
         self,
@@ -207,9 +179,6 @@ class ExpertExchange:
 
     def _group(self, direction: Pass) -> dist.ProcessGroup | None:
         return self._forward_group if direction is Pass.FORWARD else self._backward_group
-
-    def _landing(self, load: ExchangeLoad) -> _Landing | None:
-        return None if self._link is None else _Landing(self._link, self._link.send(load.sent_bytes))
 
 
 class _Reorder(torch.autograd.Function):

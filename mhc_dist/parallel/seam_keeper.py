@@ -113,7 +113,7 @@ class SeamKeeper:
     def _drop(self, phase: PhaseShape, tape: _PhaseTape, slots: Sequence[_Slot]) -> None:
         droppable: dict[int, _Dropped] = {}
         if phase.recompute_after:
-            # An address says nothing once its storage is gone: others may have it by now.
+            # A storage's number says nothing once it is gone: others may have it by now.
             droppable = {key: dropped for key, (made, dropped) in self._last.items() if made() is not None}
         name = phase.name
         for index, (streams_TNC, h_TC) in enumerate(tape.seams):
@@ -181,4 +181,5 @@ def _detached(update: Update) -> Update:
 
 
 def _storage(tensor: Tensor) -> int:
-    return tensor.untyped_storage().data_ptr()
+    key: int = tensor.untyped_storage()._cdata
+    return key

@@ -110,13 +110,10 @@ def _changed(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[T
 
 
 class RecordedEvent:
-    """An event that the host never sees reached: so nothing can rely on having looked."""
+    """An event that can be waited for; its time means nothing."""
 
     def __init__(self, number: int) -> None:
         self.number = number
-
-    def query(self) -> bool:
-        return False
 
     def synchronize(self) -> None: ...
 

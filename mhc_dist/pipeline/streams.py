@@ -6,14 +6,17 @@
               what it reads and for nothing else, so it overtakes compute work that is queued already.
     lanes     one per communicator: its transfers run in order, and different lanes never wait for each other
 
-Streams meet at events. The host waits for none of them, with one exception per expert layer: how many rows
-arrive decides the sizes of buffers (`PendingCounts`), and that wait is for the urgent stream alone.
+Streams meet at events. While phases run the host waits for none of them, with one exception per expert layer:
+how many rows arrive decides the sizes of buffers (`PendingCounts`), and that wait is for the urgent stream
+alone.
 
-Memory follows three rules, which `hazards` proves of recorded runs. A transfer's buffers are held until the
-compute stream waits for its end (deferred free), and marked as used on the lane, because a gradient may come
-from the urgent stream's memory. What goes into or comes out of the urgent stream is marked as used on both
-(`keep`): the allocator then hands it out again only when both have passed its last use. And what autograd
-passes from stream to stream is autograd's business: it runs a backward where its forward ran.
+Memory follows three rules, which `hazards` proves of recorded runs. A transfer's buffers are marked as used
+on its lane, which keeps them until it has ended, because a gradient may come from the urgent stream's memory.
+Those of an exchange or a receive are held as well until the compute stream waits for its end (deferred free);
+for the end of a send it does not wait, so that a slow receiver holds nothing up. What goes into or comes out
+of the urgent stream is marked as used on both (`keep`): the allocator then hands it out again only when both
+have passed its last use. And what autograd passes from stream to stream is autograd's business: it runs a
+backward where its forward ran.
 
 `HostStreams` is the CPU: one thread, what returns is over, and transfers are waited for by the host.
 `EventStreams` is a device with streams: `CudaDevice`, or one that records (`recording`).
@@ -43,8 +46,6 @@ class Work(Protocol):
 
     def wait(self) -> object: ...
 
-    def is_completed(self) -> bool: ...
-
 
 class Flight(Protocol):
     """A transfer on its lane; holds its buffers."""
@@ -53,8 +54,11 @@ class Flight(Protocol):
         """The compute stream waits for the end of the transfer. Returns that end, for other streams."""
         ...
 
-    def is_over(self) -> bool:
-        """True when the host knows that it has ended."""
+    def release(self) -> None:
+        """In place of `land`, for what is sent: its memory is free once it has left.
+
+        The compute stream does not wait for that. The host does where only it can tell (a CPU).
+        """
         ...
 
 
@@ -104,8 +108,8 @@ class _HostFlight:
         self._work.wait()
         return None
 
-    def is_over(self) -> bool:
-        return self._work.is_completed()
+    def release(self) -> None:
+        self._work.wait()
 
 
 class HostStreams:
@@ -137,8 +141,6 @@ class HostStreams:
 
 class DeviceEvent(Protocol):
     """As torch.cuda.Event."""
-
-    def query(self) -> bool: ...
 
     def synchronize(self) -> None: ...
 
@@ -182,8 +184,9 @@ class _EventFlight:
         self._buffers = ()
         return self._end
 
-    def is_over(self) -> bool:
-        return self._end.query()
+    def release(self) -> None:
+        # They are marked as used on the lane: the allocator waits for it before it hands them out again.
+        self._buffers = ()
 
 
 class EventStreams:

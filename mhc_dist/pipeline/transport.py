@@ -38,7 +38,7 @@ class Transport(Protocol):
     """Point-to-point messages of one fixed shape."""
 
     def send(self, tensor: Tensor, peer: int) -> None:
-        """Start sending; the tensor must not change until `drain`."""
+        """Start sending; the tensor must not change until `drain`. Compute does not wait for the receiver."""
         ...
 
     def receive(self, peer: int) -> PendingMessage: ...
@@ -102,7 +102,7 @@ class GroupTransport:
         # (its RECV was posted before it left), and gloo only says so to those who wait.
         before = self._sending.pop(peer, None)
         if before is not None:
-            before.land()
+            before.release()
         self._sending[peer] = self._streams.transfer(f"message {self._rank}>{target}", start, [tensor])
 
     def receive(self, peer: int) -> PendingMessage:

@@ -25,8 +25,6 @@ from mhc_dist.guard.exit_codes import ExitCode
 from mhc_dist.guard.peers import WatchLimits
 from mhc_dist.model.moe import Router
 from mhc_dist.observe.run_log import LOG_FILE, read_log
-from mhc_dist.parallel.emulated_link import EmulatedLink
-from mhc_dist.parallel.expert_exchange import ExpertExchange
 from mhc_dist.pipeline.streams import Flight, HostStreams
 from mhc_dist.plan.run_programs import RunPrograms, plan_run
 from tests.multi_rank.forked_run import ForkedRun, run_to_end, write_corpus
@@ -47,7 +45,7 @@ def run_config(folder: Path, corpus: Path, sizes: tuple[int, int, int], **sectio
     return small_config(
         model={"num_layers": 3, "vocab_size": 256, **sections.pop("model", {})},
         parallel={"pipeline": pipeline, "data": data, "expert": expert},
-        schedule={"name": "1f1b", "num_microbatches": 4 // data},
+        schedule={"name": "1f1b", "num_microbatches": 4 // data, **sections.pop("schedule", {})},
         data={"corpus": str(corpus)},
         train={
             "name": "run",
@@ -86,24 +84,34 @@ def die_in(lane: str) -> Callable[[int], None]:
 
 
 # The survivor need not be in the dead rank's pass: what that one sent before may have let it go on.
-EXCHANGING = r"(issue|wait)\.[FB] c0 m\d (counts|dispatch|combine)\.\d(, waiting for tokens of rank 1)?"
+EXCHANGING = r"(issue|wait)\.[FB] c[01] m\d (counts|dispatch|combine)\.\d(, waiting for tokens of rank 1)?"
+PLACED: dict[str, dict[str, Any]] = {
+    "schedule": {"name": "dualpipev", "cluster": "laptop"},
+    "recompute": {"mode": "mhc"},
+}
+"""Two chunks on a rank, passes in pairs, recomputation and weight gradients between their exchanges."""
 
 
 @pytest.mark.parametrize(
-    ("sizes", "lane", "waiting"),
+    ("sizes", "lane", "waiting", "sections"),
     [
-        ((1, 2, 2), "exchange F", EXCHANGING),
-        ((1, 2, 2), "exchange B", EXCHANGING),
+        ((1, 2, 2), "exchange F", EXCHANGING, {}),
+        ((1, 2, 2), "exchange B", EXCHANGING, PLACED),
         # Rank 0 may have the message already, and be anywhere between what needs it and what needs the next.
-        ((2, 1, 1), "message 1>0", r"\S.*"),
+        ((2, 1, 1), "message 1>0", r"\S.*", {}),
     ],
-    ids=["forward exchange", "backward exchange", "message"],
+    ids=["forward exchange", "backward exchange, placed", "message"],
 )
 def test_a_rank_killed_in_the_middle_of_a_transfer_is_named(
-    sizes: tuple[int, int, int], lane: str, waiting: str, corpus: Path, tmp_path: Path
+    sizes: tuple[int, int, int],
+    lane: str,
+    waiting: str,
+    sections: dict[str, dict[str, Any]],
+    corpus: Path,
+    tmp_path: Path,
 ) -> None:
     """The dead rank's last action is as old as its last heartbeat; what the survivor waits in is exact."""
-    config = run_config(tmp_path, corpus, sizes, steps=100_000)
+    config = run_config(tmp_path, corpus, sizes, steps=100_000, **sections)
     run = ForkedRun(config, prepare=die_in(lane))
     codes = run.wait()  # which does not wait for the run's own timeout
     output = run.output.read_text()
@@ -114,36 +122,71 @@ def test_a_rank_killed_in_the_middle_of_a_transfer_is_named(
     assert "Traceback" not in output, output
 
 
-def test_a_link_that_stalls_ends_the_run_with_the_action_that_waits(corpus: Path, tmp_path: Path) -> None:
-    """A link that never delivers: what rank 1 sent last does not arrive within the timeout, nor ever."""
+class NeverOver:
+    """The flight of a transfer that a link has swallowed."""
+
+    def land(self) -> None:
+        while True:
+            time.sleep(1.0)
+
+    release = land
+
+
+def stall(lane: str) -> Callable[[int], None]:
+    """Rank 1's third transfer on `lane` never begins: what it sends does not arrive, nor does it end."""
 
     def prepare(rank: int) -> None:
-        real = ExpertExchange._landing
-        seen = 0
+        if rank != 1:
+            return
+        real, seen = HostStreams.transfer, 0
 
-        def landing(self: ExpertExchange, load: Any) -> Any:
+        def transfer(self: HostStreams, on: str, start: Any, buffers: Any) -> Flight:
             nonlocal seen
-            seen += 1
-            if rank == 1 and seen == 9:
-                self.use_link(EmulatedLink(latency_seconds=1e6, bytes_per_second=1.0))
-            return real(self, load)
+            seen += on == lane
+            return NeverOver() if on == lane and seen == 3 else real(self, on, start, buffers)
 
-        ExpertExchange._landing = landing  # type: ignore[method-assign]
+        HostStreams.transfer = transfer  # type: ignore[method-assign]
 
-    config = run_config(tmp_path, corpus, (1, 2, 2), timeout_seconds=TIMEOUT_SECONDS)
-    run = ForkedRun(config, prepare=prepare)
-    codes = run.wait()
-    output = run.output.read_text()
-    assert codes == [ExitCode.STUCK, ExitCode.STUCK], output
-    waiting = r"c0 m\d (\S+), waiting for tokens of rank \d for"
-    stuck = re.search(rf"no progress: rank (\d) has been in (\S+) {waiting} (\d+\.\d) s", output)
-    assert stuck, output
-    assert stuck[2] in ("wait.F", "wait.B")
-    assert TIMEOUT_SECONDS <= float(stuck[4]) < TIMEOUT_SECONDS + 30.0  # it looks five times a second
-    # What every rank was doing: the stalled one waits for its exchange, the other for an exchange with it.
-    for rank, other in ((0, 1), (1, 0)):
-        doing = rf"rank {rank} \(.*\): wait\.[FB] c0 m\d \S+, waiting for tokens of rank {other} for"
-        assert re.search(doing, output), output
+    return prepare
+
+
+STALLS: list[tuple[tuple[int, int, int], str, dict[int, str]]] = [
+    (
+        (1, 2, 2),
+        "exchange F",
+        {
+            0: r"wait\.[FB] c0 m\d \S+, waiting for tokens of rank 1",
+            1: r"wait\.[FB] c0 m\d \S+, waiting for tokens of rank 0",
+        },
+    ),
+    (
+        (2, 1, 1),
+        "message 1>0",
+        {
+            0: r"arrive\.B c0 m2 rank1, waiting for gradients from rank 1",
+            1: r"send\.B c1 m3 rank0",  # the next one, which waits until the link is free
+        },
+    ),
+]
+"""Layout, what rank 1 sends on, and each rank's action that cannot do without it."""
+
+
+def test_a_link_that_stalls_ends_the_run_with_the_action_that_waits(corpus: Path, tmp_path: Path) -> None:
+    """A link that never delivers what rank 1 sends: an exchange of a run, and a message of another one."""
+    runs = []
+    for sizes, lane, _ in STALLS:  # side by side, since they do little but wait
+        config = run_config(tmp_path / lane, corpus, sizes, timeout_seconds=TIMEOUT_SECONDS)
+        runs.append(ForkedRun(config, prepare=stall(lane)))
+    for run, (_, _, doing) in zip(runs, STALLS, strict=True):
+        codes = run.wait()
+        output = run.output.read_text()
+        assert codes == [ExitCode.STUCK, ExitCode.STUCK], output
+        stuck = re.search(r"no progress: rank (\d) has been in (.+?) for (\d+\.\d) s,", output)
+        assert stuck, output
+        assert re.fullmatch(doing[int(stuck[1])], stuck[2]), output
+        assert TIMEOUT_SECONDS <= float(stuck[3]) < TIMEOUT_SECONDS + 30.0  # it looks five times a second
+        for rank, action in doing.items():
+            assert re.search(rf"rank {rank} \(.*\): {action} for", output), output
 
 
 def test_programs_that_differ_are_refused_before_the_first_step(corpus: Path, tmp_path: Path) -> None:

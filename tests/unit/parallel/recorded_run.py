@@ -60,9 +60,6 @@ class _Over:
     def wait(self) -> bool:
         return True
 
-    def is_completed(self) -> bool:
-        return False
-
 
 @contextmanager
 def loopback() -> Iterator[None]:

@@ -1,4 +1,4 @@
-"""When the host has to wait for the device: once per expert layer and microbatch, for the counts.
+"""When the host waits for the device while phases run: once per expert layer and microbatch, for counts.
 
 On tensors without values, whatever needs a value on the host raises: a comparison, a size that depends on
 data, `item`. So a step that runs through on them is one that a GPU can be given without being waited for.
@@ -20,7 +20,7 @@ COUNTS = [4, 4, 4, 4, 4, 4]
 """8 rows a rank, spread evenly: to and from each of two ranks, and for each of two experts."""
 
 
-@pytest.mark.parametrize("recompute", ["none", "full"])
+@pytest.mark.parametrize("recompute", ["none", "mhc", "full"])
 def test_a_step_asks_the_device_once_per_expert_layer(
     recompute: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -102,8 +102,8 @@ def test_every_dropped_event_that_matters_is_missed(log: list[Entry]) -> None:
     """Oracle: what each kind of wait is for. Dropped one by one, these must be caught:
 
     a lane's for the data it sends and the memory it receives into; compute's for what has arrived and for the
-    urgent stream; the urgent stream's for what it reads. Not those that others imply: a send's landing frees
-    memory of which the allocator knows, and the counts' landing is awaited by the urgent stream as well.
+    urgent stream; the urgent stream's for what it reads. Not those that others imply: a send's landing, once a
+    step, frees memory of which the allocator knows, and the urgent stream awaits the counts' landing as well.
     """
     assert not find_hazards(log)
     awaited_urgently = {e.event for e in log if isinstance(e, Wait) and e.stream == "urgent"}
@@ -142,6 +142,19 @@ def test_every_dropped_event_that_matters_is_missed(log: list[Entry]) -> None:
         for positions in dropped:
             mutated = [entry for position, entry in enumerate(log) if position not in positions]
             assert find_hazards(mutated), f"{group}: nothing noticed that entries {positions} are gone"
+
+
+def test_compute_waits_for_no_receiver() -> None:
+    """Oracle: the log: of three messages sent, compute waits for the last one, after all its own work."""
+    log, _ = record(recorded_config("1f1b", num_microbatches=3), 0)
+    sent = [e.event for e in log if isinstance(e, Record) and e.stream == "message 0>1"]
+    assert len(sent) == 3
+    waits = [
+        i for i, e in enumerate(log) if isinstance(e, Wait) and e.event in sent and e.stream == "compute"
+    ]
+    (end,) = waits
+    after = {e.name for e in log[end:] if isinstance(e, Launch)}
+    assert after == {"aten.clone.default"}, "nothing but the copies that `record` returns"
 
 
 class _Event(SimpleNamespace):
@@ -189,7 +202,6 @@ class _Cuda:
     def _event(self, name: str) -> SimpleNamespace:
         return _Event(
             name=name,
-            query=lambda: True,
             synchronize=lambda: self.calls.append(f"host waits for {name}"),
             elapsed_time=lambda end: 1000.0 * (int(end.name[5:]) - int(name[5:])),
         )
@@ -218,7 +230,7 @@ def test_a_transfer_on_cuda(cuda: _Cuda) -> None:
         return work
 
     flight = streams.transfer("exchange F", start, [torch.zeros(1)])
-    assert flight.is_over()
+    flight.release()  # is no wait
     assert flight.land().name == "event2"
     assert cuda.calls == [
         "new urgent stream, priority -1",
