@@ -1,4 +1,4 @@
-"""Runs the interpreted kernel tests, one process per file, so that the suite itself stays uninterpreted."""
+"""Runs the interpreted kernel tests in another process, so that the suite itself stays uninterpreted."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ FOLDER = Path(__file__).parent / "interpreted"
 FILES = sorted(path.name for path in FOLDER.glob("test_*.py"))
 
 
-def run_interpreted(file: str, marker: str) -> None:
+def run_interpreted(tests: Path, marker: str) -> None:
     environment = os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
     for name in [name for name in environment if name.startswith("PYTEST_")]:
         del environment[name]
@@ -27,7 +27,7 @@ def run_interpreted(file: str, marker: str) -> None:
         "no:xdist",
         "-m",
         marker,
-        str(FOLDER / file),
+        str(tests),
     ]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False, timeout=3500)
     nothing_selected = 5
@@ -36,15 +36,14 @@ def run_interpreted(file: str, marker: str) -> None:
 
 
 @pytest.mark.timeout(600)
-@pytest.mark.parametrize("file", FILES)
-def test_interpreted(file: str) -> None:
-    """Oracle: the assertions of the file itself, run under Triton's interpreter."""
-    run_interpreted(file, "not long")
+def test_interpreted() -> None:
+    """Oracle: the assertions of the files themselves, run under Triton's interpreter."""
+    run_interpreted(FOLDER, "not long")
 
 
 @pytest.mark.long
 @pytest.mark.timeout(3600)
 @pytest.mark.parametrize("file", FILES)
 def test_interpreted_long(file: str) -> None:
-    """Oracle: the assertions of the file itself; the long sweeps."""
-    run_interpreted(file, "long")
+    """Oracle: the assertions of the file itself; the long sweeps, a process each."""
+    run_interpreted(FOLDER / file, "long")

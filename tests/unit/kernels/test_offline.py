@@ -52,7 +52,9 @@ def test_recording_ends_with_its_context() -> None:
     assert offline.JITFunction.run is run
 
 
-@pytest.mark.parametrize("name", ["post", "mix_pre", "project_backward"])
+@pytest.mark.parametrize(
+    "name", ["post", "mix_pre", pytest.param("project_backward", marks=pytest.mark.long)]
+)
 def test_small_kernels_compile_for_hopper(name: str) -> None:
     """Oracle: disassembly by the vendor's tools: nothing spilled, no atomics, 128-bit accesses."""
     (report,) = resources.kernel_resources("sm_90", 1280, SPEC, torch.bfloat16, only=name)

@@ -1,6 +1,6 @@
 """Tests in this folder need Triton's interpreter, which is chosen when Triton is imported.
 
-tests/unit/kernels/test_interpreted.py runs each file in a process of its own with TRITON_INTERPRET=1; in any
+tests/unit/kernels/test_interpreted.py runs them in a process of their own with TRITON_INTERPRET=1; in any
 other process this folder has nothing to collect.
 """
 

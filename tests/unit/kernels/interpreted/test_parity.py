@@ -37,7 +37,9 @@ def check_fp32(backend: SeamBackend, inputs: Inputs, out_limit: float = 2e-6) ->
     return ours, theirs
 
 
-@pytest.mark.parametrize("spec", ALL_SPECS, ids=str)
+@pytest.mark.parametrize(
+    "spec", [*ALL_SPECS[:6], pytest.param(ALL_SPECS[6], marks=pytest.mark.long), ALL_SPECS[7]], ids=str
+)
 def test_fp32_parity(backend: SeamBackend, spec: ConnectionSpec) -> None:
     """Oracle: the reference under fp64 autograd."""
     check_fp32(backend, make_inputs(Case(17, 64, spec), torch.float32))
