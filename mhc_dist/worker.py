@@ -22,7 +22,7 @@ from mhc_dist.optim.deepspeed_engine import OptimizerEngine, StepOutcome
 from mhc_dist.parallel.boundary import STREAM_DTYPE, message_shape
 from mhc_dist.parallel.doing import Doing
 from mhc_dist.parallel.expert_exchange import ExpertExchange
-from mhc_dist.parallel.process_groups import ProcessGroups
+from mhc_dist.parallel.process_groups import ProcessGroups, open_group
 from mhc_dist.parallel.stage import Stage
 from mhc_dist.parallel.wire_times import measure_wires
 from mhc_dist.pipeline.action import Action
@@ -91,12 +91,13 @@ class Worker:
         rows_bytes = num_tokens * config.model.num_active_experts * config.model.hidden_size * dtype.itemsize
         wires = measure_wires(
             groups.channels,
-            groups.expert_forward,
+            [groups.expert_forward, groups.expert_backward],
             topology.rank,
             message_bytes=transport.message_bytes,
             exchange_bytes=rows_bytes * (topology.expert - 1) // topology.expert,
             device=device,
         )
+        open_group(groups.data, device)  # routers are balanced over it
 
         def report(action: Action) -> None:
             if on_action is not None:

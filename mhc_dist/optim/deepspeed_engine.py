@@ -40,7 +40,7 @@ from mhc_dist.optim.deepspeed_config import engine_config
 from mhc_dist.optim.engine_state import EngineState, FlatGroup, ParameterState, Partition
 from mhc_dist.optim.learning_rate import learning_rate
 from mhc_dist.optim.parameter_groups import cast_to_bf16, parameter_groups
-from mhc_dist.optim.reduction import Reduction, ReductionUnderWay
+from mhc_dist.optim.reduction import Reduction, ReductionUnderWay, open_groups
 from mhc_dist.optim.replicas import check_replicas
 from mhc_dist.parallel.process_groups import create_group
 from mhc_dist.topology import Topology
@@ -347,6 +347,7 @@ class OptimizerEngine:
         data_group = create_group(topology.all_data_groups(), topology.rank, timeout)
         expert_data_group = create_group(topology.all_expert_data_groups(), topology.rank, timeout)
         check_replicas(self._groups, topology, data_group)
+        open_groups([data_group, expert_data_group], self._groups[0].parameters[0].device)
         self._num_steps = 0
         self._engine = self._build(module, options, data_group, expert_data_group)
         self._optimizer: _FlatOptimizer = self._engine.optimizer

@@ -7,8 +7,20 @@ from dataclasses import dataclass
 from time import perf_counter
 from typing import NamedTuple
 
+import torch
 import torch.distributed as dist
 from torch import Tensor
+
+
+def open_groups(groups: Sequence[dist.ProcessGroup], device: torch.device) -> None:
+    """Reduce a few zeros over each group. Collective over them.
+
+    NCCL makes a communicator when it is first used, which takes seconds: not within the limit of a step.
+    """
+    partitions = [torch.zeros(1, device=device) for _ in groups]
+    flats = [torch.zeros(dist.get_world_size(group), device=device) for group in groups]
+    ReductionUnderWay.start(partitions, flats, groups).wait()
+    torch.cat(partitions).tolist()  # on a device, the wait above is not the host's
 
 
 class Reduction(NamedTuple):

@@ -161,6 +161,17 @@ def create_group(
     return own
 
 
+def open_group(group: dist.ProcessGroup, device: torch.device) -> None:
+    """Sum a number over the group. Collective over it.
+
+    NCCL makes a communicator when it is first used, which takes seconds. Before step 1 nobody minds; within
+    it, an action has a time limit.
+    """
+    one = torch.ones(1, device=device)
+    dist.all_reduce(one, group=group)
+    one.item()  # on a device, the call returns before it is over
+
+
 @dataclass(frozen=True)
 class ProcessGroups:
     """The groups this rank belongs to.

@@ -2,12 +2,13 @@
 
 The fastest of a few transfers counts: what is slower than that was slowed down by something else. Messages
 are bounced between neighbours and half of a round trip is taken, so that no two clocks are compared. A rank
-that has no neighbour, or whose expert group is itself alone, transfers nothing and waits for nothing.
+that has no neighbour, or whose expert group is itself alone, transfers nothing and waits for nothing. What is
+timed or opened here is not opened within the time limit of step 1's first actions.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from time import perf_counter
 
 import torch
@@ -25,7 +26,7 @@ Channels = Mapping[tuple[int, int], dist.ProcessGroup]
 
 def measure_wires(
     channels: Channels,
-    expert_group: dist.ProcessGroup,
+    expert_groups: Sequence[dist.ProcessGroup],
     rank: int,
     message_bytes: int,
     exchange_bytes: int,
@@ -34,7 +35,8 @@ def measure_wires(
     """Time this rank's links with transfers of a few bytes and of the sizes that the run will have.
 
     Collective over neighbours and expert groups: every rank calls it at the same place of its start.
-    channels: as `ProcessGroups.channels`, by world ranks. exchange_bytes: what a rank sends in an exchange.
+    channels: as `ProcessGroups.channels`, by world ranks. expert_groups: of equal ranks; the first one is
+    timed, the others are opened by an exchange as well. exchange_bytes: what a rank sends in an exchange.
     """
     sizes = (SMALL_BYTES, max(message_bytes, 2 * SMALL_BYTES))
     peers = sorted({a + b - rank for a, b in channels})
@@ -45,12 +47,13 @@ def measure_wires(
             for size in sizes:
                 buffer = torch.zeros(size, dtype=torch.uint8, device=device)
                 bounced[size] = max(bounced[size], _bounce(channels, rank, peer, buffer))
-    group_size = dist.get_world_size(expert_group)
-    exchanged = (
-        {size: _exchange(expert_group, group_size, size, device) for size in _exchange_sizes(exchange_bytes)}
-        if group_size > 1
-        else {SMALL_BYTES: 0.0, 2 * SMALL_BYTES: 0.0}
-    )
+    exchanged = {SMALL_BYTES: 0.0, 2 * SMALL_BYTES: 0.0}
+    group_size = dist.get_world_size(expert_groups[0])
+    if group_size > 1:
+        for other in expert_groups[1:]:
+            _exchange(other, group_size, SMALL_BYTES, device)
+        sizes = (SMALL_BYTES, max(exchange_bytes, 2 * SMALL_BYTES))
+        exchanged = {size: _exchange(expert_groups[0], group_size, size, device) for size in sizes}
     return MeasuredWires(message=wire_through(bounced), exchange=wire_through(exchanged))
 
 
@@ -59,10 +62,6 @@ def wire_through(seconds_of: Mapping[int, float]) -> Wire:
     (small, fast), (large, slow) = sorted(seconds_of.items())
     slope = max(0.0, (slow - fast) / (large - small))
     return Wire(max(0.0, min(fast, slow) - slope * small), slope)
-
-
-def _exchange_sizes(exchange_bytes: int) -> tuple[int, int]:
-    return SMALL_BYTES, max(exchange_bytes, 2 * SMALL_BYTES)
 
 
 def _fastest(transfer: Callable[[], None]) -> float:

@@ -48,7 +48,7 @@ def traced_step(rank: int, config: RunConfig, slow_rank: int) -> Traced:
     stage = case.build_stage(config, program, topology, groups)
     transport = case.make_transport(config, topology, groups)
     wires = measure_wires(
-        groups.channels, groups.expert_forward, rank, transport.message_bytes, 4096, torch.device("cpu")
+        groups.channels, [groups.expert_forward], rank, transport.message_bytes, 4096, torch.device("cpu")
     )
 
     def stretch(action: Action, start: float) -> None:
@@ -132,7 +132,8 @@ def measured(rank: int) -> MeasuredWires:
     # The links of a ring as well as of a line: rank 3 also talks to rank 0.
     links = [(a, b) for a in range(4) for b in ((a + 1) % 4, (a - 1) % 4)]
     groups = ProcessGroups.build(topology, links=links)
-    return measure_wires(groups.channels, groups.expert_forward, rank, 1 << 20, 1 << 20, torch.device("cpu"))
+    experts = [groups.expert_forward, groups.expert_backward]
+    return measure_wires(groups.channels, experts, rank, 1 << 20, 1 << 20, torch.device("cpu"))
 
 
 def test_links_in_a_ring_are_measured_without_a_deadlock() -> None:

@@ -13,12 +13,13 @@ The rate is 1e-4: weights move by about 4e-4, and 1e-6 is 0.3 % of that.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import cache
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from mhc_dist.config import RunConfig
@@ -26,6 +27,7 @@ from mhc_dist.data.batches import Sequences
 from mhc_dist.model.moe import Experts, MixtureOfExperts
 from mhc_dist.optim.learning_rate import learning_rate
 from mhc_dist.optim.parameter_groups import cast_to_bf16, decays
+from mhc_dist.parallel.agreement import check_agreement
 from mhc_dist.parallel.process_groups import ProcessGroups
 from mhc_dist.parallel.stage import logical_name
 from mhc_dist.plan.run_programs import plan_run
@@ -302,3 +304,68 @@ def test_bf16_is_as_close_to_fp32_as_on_one_device(topology: tuple[int, int, int
         assert theirs > 0
     for loss, want_loss in zip(ranks[0].losses, truth.losses, strict=True):
         assert loss == pytest.approx(want_loss, rel=5e-3)
+
+
+def test_bf16_gradients_are_the_same_put_off_or_not() -> None:
+    """Oracle: 1f1b, which puts no weight gradient off, against zb1p on the same chunks, bit for bit."""
+    runs: list[list[Trained]] = []
+    for schedule in ("1f1b", "zb1p"):
+        config = training_config((2, 1, 1), schedule, "mhc", precision="bf16")
+        runs.append(run_ranks(2, train_on_rank, config, timeout_seconds=110))
+    for at_once, put_off in zip(*runs, strict=True):
+        assert put_off.losses == at_once.losses
+        for got, want in ((put_off.gradients, at_once.gradients), (put_off.weights, at_once.weights)):
+            assert got.keys() == want.keys()
+            assert all(torch.equal(got[name], tensor) for name, tensor in want.items())
+
+
+COMMUNICATION = (
+    "all_reduce",
+    "all_to_all_single",
+    "all_gather_single",
+    "all_gather_object",
+    "reduce_scatter_single",
+    "broadcast",
+    "barrier",
+    "send",
+    "recv",
+    "isend",
+    "irecv",
+)
+
+
+def groups_used(rank: int, config: RunConfig) -> tuple[set[str], set[str]]:
+    """Names of the groups over which this rank communicates before its first step, and in it."""
+    used: set[str] = set()
+
+    def recording(real: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*arguments: Any, **named: Any) -> Any:
+            used.add((named.get("group") or dist.group.WORLD).group_name)
+            return real(*arguments, **named)
+
+        return call
+
+    for name in COMMUNICATION:
+        setattr(dist, name, recording(getattr(dist, name)))
+    sizes = config.parallel
+    topology = Topology(sizes.pipeline, sizes.data, sizes.expert, rank)
+    programs = plan_run(config)
+    check_agreement({})
+    groups = ProcessGroups.build(topology)
+    worker = Worker.build(config, programs, topology, groups, torch.device("cpu"))
+    before = set(used)
+    used.clear()
+    train_step(worker, FixedBatches(config), 0)  # type: ignore[arg-type]
+    return before, used - {groups.control.group_name}
+
+
+def test_no_communicator_is_first_used_in_a_step() -> None:
+    """Oracle: calls of torch.distributed. With NCCL a first use takes seconds of a step's time limit.
+
+    The group that is gloo's in any case is left out.
+    """
+    config = training_config((2, 4, 2), "dualpipev", "mhc")
+    for before, within in run_ranks(8, groups_used, config, timeout_seconds=110):
+        # World, two of experts, three of the optimizer and of balancing, two channels.
+        assert len(within) == 8
+        assert within <= before

@@ -102,8 +102,8 @@ def test_every_dropped_event_that_matters_is_missed(log: list[Entry]) -> None:
     """Oracle: what each kind of wait is for. Dropped one by one, these must be caught:
 
     a lane's for the data it sends and the memory it receives into; compute's for what has arrived and for the
-    urgent stream; the urgent stream's for what it reads. Not those that others imply: a send's landing, once a
-    step, frees memory of which the allocator knows, and the urgent stream awaits the counts' landing as well.
+    urgent stream; the urgent stream's for what it reads. Not those that others imply: a send's landing, once
+    a step, frees memory of which the allocator knows, and the urgent stream awaits the counts' landing, too.
     """
     assert not find_hazards(log)
     awaited_urgently = {e.event for e in log if isinstance(e, Wait) and e.stream == "urgent"}
