@@ -18,11 +18,17 @@ def traffic(collection: Collection) -> str:
     rows.append(
         ["of it streams", *(f"{ours['phases'][p]['streams']:g}" for p in phases[:3]), f"{ours['streams']:g}"]
     )
+    chunked = collection.get("traffic_chunked")
+    if chunked is not None:
+        of = chunked.figures
+        title = f"launched in chunks, behind a modelled cache, C = {of['channels']}"
+        rows.append([title, *(f"{of[phase]:.1f}" for phase in phases)])
     rows += [
         [f"{name} (read from source)", *("" if of[p] is None else f"{of[p]:g}" for p in phases)]
         for name, of in ours["field"].items()
     ]
-    return with_source(collection, table(["rows C", *phases], rows), "traffic_1280", "traffic_2560")
+    names = ["traffic_1280", "traffic_2560"] + ["traffic_chunked"] * (chunked is not None)
+    return with_source(collection, table(["rows C", *phases], rows), *names)
 
 
 def processor(collection: Collection) -> str:
@@ -46,15 +52,17 @@ def processor(collection: Collection) -> str:
 
 
 def resources(collection: Collection) -> str:
-    """What the compilers made of the kernels, one row an architecture."""
-    names = ("resources_sm_90", "resources_sm_100", "resources_gfx942")
+    """What the compilers made of the kernels, one row an architecture and number of streams."""
+    architectures = ("sm_90", "sm_100", "gfx942")
+    names = [f"resources_{name}" for name in architectures]
+    names += [name for a in architectures if collection.get(name := f"resources_{a}_n8") is not None]
     rows = []
     for name in names:
         figures = collection.need(name).figures
         kernels = figures["kernels"]
         rows.append(
             [
-                figures["architecture"],
+                f"{figures['architecture']}, n = {figures['streams']}",
                 str(len(kernels)),
                 str(sum(kernel["spills"] > 0 for kernel in kernels)),
                 str(sum(kernel["atomics"] > 0 for kernel in kernels)),

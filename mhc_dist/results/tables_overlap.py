@@ -6,18 +6,24 @@ from mhc_dist.results.collection import Collection
 from mhc_dist.results.shown import shown, table
 from mhc_dist.results.sourced import with_source
 
+OTHERS = {
+    "overlap_veth": "Between network namespaces",
+    "overlap_4": "Two pipeline ranks and two data ranks",
+}
+
 
 def overlap_variants(collection: Collection) -> str:
-    """One row a way to run the same step, on two ranks and on four."""
+    """One row a way to run the same step: on two ranks, between network namespaces, on four ranks."""
     parts = [_overlap(collection, "overlap")]
-    if collection.get("overlap_4") is not None:
-        parts.append("Two pipeline ranks and two data ranks:")
-    return "\n\n".join([*parts, _overlap(collection, "overlap_4")])
+    for name, title in OTHERS.items():
+        if collection.get(name) is None:
+            parts.append(f"*{title}: {collection.missing(name)}.*")
+        else:
+            parts += [f"{title}:", _overlap(collection, name)]
+    return "\n\n".join(parts)
 
 
 def _overlap(collection: Collection, name_of_file: str) -> str:
-    if name_of_file != "overlap" and collection.get(name_of_file) is None:
-        return f"*Four ranks: {collection.missing(name_of_file)}.*"
     figures = collection.need(name_of_file).figures
     titles = {
         "no_overlap": "nothing overlaps",
