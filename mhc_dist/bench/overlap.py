@@ -44,7 +44,7 @@ from mhc_dist.config import RunConfig
 from mhc_dist.pipeline.action import Pass
 from mhc_dist.pipeline.cost import CostTable
 from mhc_dist.pipeline.lower import lower
-from mhc_dist.pipeline.place import Placement
+from mhc_dist.pipeline.placement import Placement
 from mhc_dist.pipeline.validate import validate
 from mhc_dist.plan.layout import own_shapes, schedule_of
 from mhc_dist.plan.run_costs import placed_program

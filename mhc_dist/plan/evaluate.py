@@ -9,7 +9,8 @@ from mhc_dist.model.flops import model_flops_per_token
 from mhc_dist.pipeline.action import Action, ActionKind, Pass, Program
 from mhc_dist.pipeline.cost import CostTable
 from mhc_dist.pipeline.lower import lower
-from mhc_dist.pipeline.place import Placement, place_and_simulate
+from mhc_dist.pipeline.place import place_and_simulate
+from mhc_dist.pipeline.placement import Placement
 from mhc_dist.pipeline.schedules.coarse import CoarseSchedule
 from mhc_dist.pipeline.simulate import Simulation
 from mhc_dist.pipeline.summary import Summary

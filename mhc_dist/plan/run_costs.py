@@ -9,7 +9,8 @@ from mhc_dist.pipeline.action import Program
 from mhc_dist.pipeline.calibrate import calibrate
 from mhc_dist.pipeline.cost import CostTable
 from mhc_dist.pipeline.perfetto import read_events
-from mhc_dist.pipeline.place import Placement, place_best
+from mhc_dist.pipeline.place import place_best
+from mhc_dist.pipeline.placement import Placement
 from mhc_dist.pipeline.validate import validate
 from mhc_dist.plan.calibration import Calibration, compare
 from mhc_dist.plan.costs import CostModel

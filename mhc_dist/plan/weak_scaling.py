@@ -16,7 +16,8 @@ from typing import Any
 
 from mhc_dist.config import RunConfig
 from mhc_dist.pipeline.lower import lower
-from mhc_dist.pipeline.place import Placement, place_and_simulate
+from mhc_dist.pipeline.place import place_and_simulate
+from mhc_dist.pipeline.placement import Placement
 from mhc_dist.pipeline.simulate import Simulation
 from mhc_dist.pipeline.validate import validate
 from mhc_dist.plan.collector import collector_paused

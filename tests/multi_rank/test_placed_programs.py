@@ -10,7 +10,7 @@ import torch
 import tests.multi_rank.pipeline_case as case
 from mhc_dist.config import RunConfig
 from mhc_dist.pipeline.action import ActionKind, Program
-from mhc_dist.pipeline.place import Placement
+from mhc_dist.pipeline.placement import Placement
 from mhc_dist.plan.cluster import load_cluster
 from mhc_dist.plan.machine import Machine
 from mhc_dist.plan.run_costs import placed_program

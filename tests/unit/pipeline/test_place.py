@@ -11,7 +11,8 @@ from mhc_dist.config import load_config
 from mhc_dist.pipeline.action import ActionKind, ChunkShape, Program
 from mhc_dist.pipeline.cost import CostTable, Jitter, with_slower_wires
 from mhc_dist.pipeline.lower import lower
-from mhc_dist.pipeline.place import CAUTION, TIE, Placement, place, place_best
+from mhc_dist.pipeline.place import TIE, place, place_best
+from mhc_dist.pipeline.placement import CAUTION, Placement
 from mhc_dist.pipeline.receives import COMPUTE_KINDS
 from mhc_dist.pipeline.recompute_blocks import with_recompute
 from mhc_dist.pipeline.schedules.registry import SCHEDULES, make_schedule
