@@ -212,9 +212,10 @@ def main() -> None:
 
 def chunked_tokens(spec: ConnectionSpec, channels: int, dtype: torch.dtype, device: str) -> int:
     """Enough for two chunks and a rest."""
-    from mhc_kernels import launch, tiles
+    from mhc_kernels import tiles
+    from mhc_kernels.launch.architecture import device_architecture
 
-    architecture = launch.device_architecture(torch.device(device))
+    architecture = device_architecture(torch.device(device))
     return 2 * tiles.chunk_tokens(architecture, spec.num_streams, channels, dtype.itemsize) + 2
 
 

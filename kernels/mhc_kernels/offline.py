@@ -1,4 +1,4 @@
-"""Record what launch.py launches, without a device, and compile it for a named architecture.
+"""Record what is launched, without a device, and compile it for a named architecture.
 
 The recorded arguments are the ones a GPU would get, so the report is about the kernels that run, not about
 look-alikes: constexprs, pointer types, alignment and warps all come from the launch itself.
@@ -19,9 +19,13 @@ from triton.backends.compiler import GPUTarget  # type: ignore[import-untyped]
 from triton.compiler import ASTSource  # type: ignore[import-untyped]
 from triton.runtime.jit import JITFunction  # type: ignore[import-untyped]
 
-from mhc_kernels import launch
 from mhc_kernels.check import check_streams
 from mhc_kernels.device.streams import post_kernel
+from mhc_kernels.launch.architecture import cpu_architecture
+from mhc_kernels.launch.backward import seam_backward
+from mhc_kernels.launch.ends import collapse_backward, collapse_forward, update_backward, update_forward
+from mhc_kernels.launch.forward import seam_forward
+from mhc_kernels.launch.recompute import recompute_block
 from mhc_kernels.seam_function import SeamGradients, Update
 from mhc_kernels.spec import Connection, ConnectionSpec, Kept, Mixing
 from mhc_kernels.tiles import CHUNK_MULTIPLE
@@ -80,13 +84,13 @@ def recorded_launches(architecture: str) -> Iterator[list[RecordedLaunch]]:
         recorded.append(RecordedLaunch(self, grid, arguments, options))
 
     original = JITFunction.run
-    token = launch.cpu_architecture.set(architecture)
+    token = cpu_architecture.set(architecture)
     JITFunction.run = note
     try:
         yield recorded
     finally:
         JITFunction.run = original
-        launch.cpu_architecture.reset(token)
+        cpu_architecture.reset(token)
 
 
 def compile_for(recorded: RecordedLaunch, architecture: str) -> Any:
@@ -155,16 +159,16 @@ def seam_launches(
     update = Update(y, post, res)
     with recorded_launches(architecture) as recorded:
         for tail in (None, update):
-            forward = launch.seam_forward(x, tail, connection, carried)
+            forward = seam_forward(x, tail, connection, carried)
             gradients = SeamGradients(x, y, carried, post, forward.res_TNN)
             for chunk_tokens in (0, CHUNK_MULTIPLE):
-                launch.seam_backward(x, tail, connection, carried, forward, gradients, chunk_tokens)
-        launch.update_forward(x, update)
-        launch.update_backward(x, update, x)
-        launch.collapse_forward(x, post)
-        launch.collapse_backward(x, post, y)
+                seam_backward(x, tail, connection, carried, forward, gradients, chunk_tokens)
+        update_forward(x, update)
+        update_backward(x, update, x)
+        collapse_forward(x, post)
+        collapse_backward(x, post, y)
         kept = Kept(post, forward.rstd_T, connection.gain_C, post, res, y)
-        launch.recompute_block(x, [kept] * block)
+        recompute_block(x, [kept] * block)
     return list({(launched.name, str(launched.tile)): launched for launched in recorded}.values())
 
 

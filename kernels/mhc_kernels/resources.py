@@ -1,6 +1,6 @@
 """What every kernel needs on an absent device: `python -m mhc_kernels.resources --arch sm_90 [--json]`.
 
-Each kernel is compiled offline exactly as launch.py launches it at the checked-in tile. Registers, stack and
+Each kernel is compiled offline exactly as launch/ launches it at the checked-in tile. Registers, stack and
 shared memory come from the compiler, the rest from the disassembly:
 
 spills        loads and stores of local memory (LDL, STL; scratch accesses on AMD) plus bytes of stack

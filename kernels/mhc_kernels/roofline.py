@@ -16,7 +16,7 @@ import yaml
 
 from mhc_kernels import formula
 from mhc_kernels.check import CHANNEL_MULTIPLE
-from mhc_kernels.launch import parameter_splits
+from mhc_kernels.launch.sizes import parameter_splits
 from mhc_kernels.spec import ConnectionSpec, Mixing
 from mhc_kernels.tiles import ARCHITECTURES, tiles_for
 

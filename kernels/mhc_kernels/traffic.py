@@ -22,8 +22,12 @@ from typing import Any
 
 import torch
 
-from mhc_kernels import formula, interpreted, launch
+from mhc_kernels import formula, interpreted
 from mhc_kernels.check import check_streams
+from mhc_kernels.launch.backward import seam_backward
+from mhc_kernels.launch.forward import seam_forward
+from mhc_kernels.launch.recompute import recompute_block
+from mhc_kernels.launch.sizes import token_splits
 from mhc_kernels.provenance import provenance
 from mhc_kernels.seam_function import SeamGradients, Update
 from mhc_kernels.spec import Connection, ConnectionSpec, Kept, Mixing
@@ -92,7 +96,7 @@ class Sublayer:
         self.connection = Connection(draw(m, n * channels), draw(3), draw(m), draw(channels), spec)
         check_streams(self.streams)
         self.carried = draw(num_tokens, n) if spec.shifted_pre else None
-        self.forward = launch.seam_forward(self.streams, self.update, self.connection, self.carried)
+        self.forward = seam_forward(self.streams, self.update, self.connection, self.carried)
 
         self.gradients = SeamGradients(
             draw(num_tokens, n, channels).to(dtype),
@@ -116,16 +120,16 @@ class Sublayer:
         )
 
     def run_forward(self, chunk_tokens: int = 0) -> None:
-        launch.seam_forward(self.streams, self.update, self.connection, self.carried, chunk_tokens)
+        seam_forward(self.streams, self.update, self.connection, self.carried, chunk_tokens)
 
     def run_backward(self, chunk_tokens: int = 0) -> None:
-        launch.seam_backward(
+        seam_backward(
             *(self.streams, self.update, self.connection, self.carried, self.forward, self.gradients),
             chunk_tokens,
         )
 
     def run_recompute(self, sublayers: int) -> None:
-        launch.recompute_block(self.streams, self.kept[:sublayers])
+        recompute_block(self.streams, self.kept[:sublayers])
 
 
 def count(action: Callable[[], None]) -> Phase:
@@ -211,7 +215,7 @@ def measure_chunked(channels: int, spec: ConnectionSpec, dtype: torch.dtype) -> 
                 "chunk_tokens": tokens,
                 "post_project_programs": -(-tokens // tiles.post_project.tokens) * tiles.project_splits,
                 "backward_apply_programs": apply_blocks
-                * launch.token_splits(tokens, channels, tiles.backward_apply),
+                * token_splits(tokens, channels, tiles.backward_apply),
             }
         )
     return {

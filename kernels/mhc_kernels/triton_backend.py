@@ -16,7 +16,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mhc_kernels import launch, tiles
+from mhc_kernels import tiles
+from mhc_kernels.launch import backward, ends, forward, recompute
+from mhc_kernels.launch.architecture import device_architecture
 from mhc_kernels.offline import interpreting
 from mhc_kernels.seam_function import InputGradients, SeamForward, SeamGradients, Update
 from mhc_kernels.spec import Connection, ConnectionSpec, Kept, Mixing, Regenerated
@@ -69,7 +71,7 @@ def seam_forward(
     """[x' (empty without update), h, pre, post, res (empty for identity), mix, 1/rms(x'), 1/rms(u)]."""
     connection = Connection(phi_MD, alpha_3, bias_M, gain_C, _decoded(spec))
     update = _update(y_TC, post_TN, res_TNN)
-    result = launch.seam_forward(streams_TNC, update, connection, carried_pre_TN, chunk_tokens)
+    result = forward.seam_forward(streams_TNC, update, connection, carried_pre_TN, chunk_tokens)
     out_TNC = _empty(streams_TNC) if y_TC is None else result.streams_TNC
     res = _empty(phi_MD) if result.res_TNN is None else result.res_TNN
     return [out_TNC, *result[1:4], res, *result[5:]]
@@ -115,7 +117,7 @@ def seam_backward(
     """Gradients of streams, y, post, res, carried pre, phi, alpha, bias, gain; empty without an input."""
     x_TNC, h_TC, pre, post, res, mix, rstd_x, rstd_h = forward
     x_TNC = streams_TNC if y_TC is None else x_TNC
-    gradients = launch.seam_backward(
+    gradients = backward.seam_backward(
         streams_TNC,
         _update(y_TC, post_TN, res_TNN),
         Connection(phi_MD, alpha_3, bias_M, gain_C, _decoded(spec)),
@@ -135,7 +137,7 @@ def _(*arguments: Any) -> list[Tensor]:
 
 @torch.library.custom_op("mhc_kernels::update_forward", mutates_args=())
 def update_forward(streams_TNC: Tensor, y_TC: Tensor, post_TN: Tensor, res_TNN: Tensor | None) -> Tensor:
-    return launch.update_forward(streams_TNC, Update(y_TC, post_TN, res_TNN))
+    return ends.update_forward(streams_TNC, Update(y_TC, post_TN, res_TNN))
 
 
 @update_forward.register_fake
@@ -147,7 +149,7 @@ def _(streams_TNC: Tensor, y_TC: Tensor, post_TN: Tensor, res_TNN: Tensor | None
 def update_backward(
     streams_TNC: Tensor, y_TC: Tensor, post_TN: Tensor, res_TNN: Tensor | None, gradient_TNC: Tensor
 ) -> list[Tensor]:
-    gradients = launch.update_backward(streams_TNC, Update(y_TC, post_TN, res_TNN), gradient_TNC)
+    gradients = ends.update_backward(streams_TNC, Update(y_TC, post_TN, res_TNN), gradient_TNC)
     return _all_present(gradients, post_TN)
 
 
@@ -162,7 +164,7 @@ def _(
 
 @torch.library.custom_op("mhc_kernels::collapse_forward", mutates_args=())
 def collapse_forward(streams_TNC: Tensor, pre_TN: Tensor) -> Tensor:
-    return launch.collapse_forward(streams_TNC, pre_TN)
+    return ends.collapse_forward(streams_TNC, pre_TN)
 
 
 @collapse_forward.register_fake
@@ -172,7 +174,7 @@ def _(streams_TNC: Tensor, pre_TN: Tensor) -> Tensor:
 
 @torch.library.custom_op("mhc_kernels::collapse_backward", mutates_args=())
 def collapse_backward(streams_TNC: Tensor, pre_TN: Tensor, gradient_TC: Tensor) -> list[Tensor]:
-    return list(launch.collapse_backward(streams_TNC, pre_TN, gradient_TC))
+    return list(ends.collapse_backward(streams_TNC, pre_TN, gradient_TC))
 
 
 @collapse_backward.register_fake
@@ -197,7 +199,7 @@ def recompute_block(
         Kept(pres[k], rstds[k], gains[k], posts[k], ress[k] if ress else None, ys[k]) for k in range(inner)
     ]
     kept.append(Kept(pres[inner], rstds[inner], gains[inner], pres[inner], None, None))
-    regenerated = launch.recompute_block(streams_TNC, kept)
+    regenerated = recompute.recompute_block(streams_TNC, kept)
     return [*(one.h_TC for one in regenerated), *(one.streams_TNC for one in regenerated[1:])]
 
 
@@ -221,7 +223,7 @@ class TritonOperations:
     def _chunk_tokens(self, streams_TNC: Tensor) -> int:
         if not self._chunked:
             return 0
-        architecture = launch.device_architecture(streams_TNC.device)
+        architecture = device_architecture(streams_TNC.device)
         _, n, channels = streams_TNC.shape
         return tiles.chunk_tokens(architecture, n, channels, streams_TNC.element_size())
 
@@ -318,7 +320,7 @@ def why_unavailable() -> str | None:
             "torch sees no GPU. On CPUs use `cpu` or `compiled`; to run the kernels in Triton's interpreter "
             "(slow, for tests) start Python with TRITON_INTERPRET=1"
         )
-    architecture = launch.device_architecture(torch.device("cuda"))
+    architecture = device_architecture(torch.device("cuda"))
     if architecture not in ARCHITECTURES:
         return f"the GPU is {architecture}, tiles.py has {', '.join(ARCHITECTURES)}: add a row for it"
     return None

@@ -14,7 +14,13 @@ from unittest import mock
 
 import pytest
 import torch
-from mhc_kernels import ambient, launch, offline, reference, tokens
+from mhc_kernels import ambient, offline, reference, tokens
+from mhc_kernels.launch import architecture
+from mhc_kernels.launch.backward import seam_backward
+from mhc_kernels.launch.ends import collapse_backward, collapse_forward, update_backward, update_forward
+from mhc_kernels.launch.forward import seam_forward
+from mhc_kernels.launch.mixings import permutations
+from mhc_kernels.launch.recompute import recompute_block
 from mhc_kernels.seam import Connection, ConnectionSpec, Kept, Mixing, SeamBackend, make_backend
 from mhc_kernels.seam_function import SeamGradients, Update
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -60,7 +66,7 @@ def played_gpu() -> Iterator[list[torch.device | None]]:
     with (
         mock.patch.object(torch.cuda, "device_of", device_of),
         mock.patch.object(torch.Tensor, "is_cuda", True),
-        mock.patch.object(launch, "device_architecture", return_value="sm_90"),
+        mock.patch.object(architecture, "device_architecture", return_value="sm_90"),
         mock.patch.object(offline.JITFunction, "run", note),
         NoCopyBetweenDevices(),
     ):
@@ -96,12 +102,12 @@ def seam_work(spec: ConnectionSpec) -> Callable[[str], None]:
         connection = Connection(some(m, n * c), some(3), some(m), some(c), spec)
         for chunk_tokens in (0, 64):
             for tail in (None, update):
-                result = launch.seam_forward(x, tail, connection, carried, chunk_tokens)
+                result = seam_forward(x, tail, connection, carried, chunk_tokens)
                 arriving = SeamGradients(x, y, carried, post, result.res_TNN)
-                launch.seam_backward(x, tail, connection, carried, result, arriving, chunk_tokens)
-        launch.update_backward(x, update, launch.update_forward(x, update))
-        launch.collapse_backward(x, post, launch.collapse_forward(x, post))
-        launch.recompute_block(x, [Kept(post, some(t), some(c), post, update.res_TNN, y)] * 2)
+                seam_backward(x, tail, connection, carried, result, arriving, chunk_tokens)
+        update_backward(x, update, update_forward(x, update))
+        collapse_backward(x, post, collapse_forward(x, post))
+        recompute_block(x, [Kept(post, some(t), some(c), post, update.res_TNN, y)] * 2)
 
     return work
 
@@ -163,9 +169,9 @@ def test_plain_torch_copies_between_devices_in_its_first_seam_alone(mixing: Mixi
 def test_the_permutations_reach_a_device_once() -> None:
     """Oracle: identity, and the matrices themselves; for kernels padded by zeros."""
     spec, x = ConnectionSpec(num_streams=4, mixing=Mixing.PERMUTATIONS), torch.zeros(1)
-    first = launch.permutations(spec, x)
+    first = permutations(spec, x)
     assert first is not None
-    assert first is launch.permutations(spec, x)
+    assert first is permutations(spec, x)
     assert first.shape == (32, 16)
     assert torch.equal(first[:24], reference.permutation_matrices(4).float().flatten(1))
     assert not first[24:].any()

@@ -7,7 +7,8 @@ import itertools
 import numpy as np
 import pytest
 import torch
-from mhc_kernels import launch, reference, token_last
+from mhc_kernels import reference, token_last
+from mhc_kernels.launch.mixings import mixing_code
 from mhc_kernels.seam import ConnectionSpec, Mixing, make_backend
 
 from tests.unit.kernels.seam_cases import Case, chain, gradients, kept_of, make_inputs, relative_error
@@ -97,4 +98,4 @@ def test_recompute_block_repeats_the_forward(spec: ConnectionSpec) -> None:
 def test_what_has_no_gpu_kernel_says_so() -> None:
     """Oracle: the mixing and the ones there are, in the message."""
     with pytest.raises(ValueError, match=r"mixing=kronecker has no Triton kernels: use one of sinkhorn"):
-        launch.mixing_code(SPECS[0])
+        mixing_code(SPECS[0])

@@ -11,7 +11,8 @@ from collections.abc import Iterator
 
 import pytest
 import torch
-from mhc_kernels import interpreted, launch
+from mhc_kernels import interpreted
+from mhc_kernels.launch import architecture, memory
 from mhc_kernels.seam import SeamBackend, make_backend
 from mhc_kernels.tiles import Tile, TileSet, tiles_for
 
@@ -43,8 +44,8 @@ def _retiled(tiles: TileSet, tokens: int, channels: int) -> TileSet:
 
 @pytest.fixture
 def poisoned(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    monkeypatch.setattr(launch, "new_result", nan_filled)
-    monkeypatch.setattr(launch, "tiles_for", quick_tiles)
+    monkeypatch.setattr(memory, "new_result", nan_filled)
+    monkeypatch.setattr(architecture, "tiles_for", quick_tiles)
     with interpreted.rounded_like_a_device():
         yield
 
@@ -56,7 +57,7 @@ def many_programs(poisoned: None, monkeypatch: pytest.MonkeyPatch) -> None:
     def small_tiles(architecture: str, num_streams: int, channels: int) -> TileSet:
         return _retiled(tiles_for(architecture, num_streams, channels), 16, 32)
 
-    monkeypatch.setattr(launch, "tiles_for", small_tiles)
+    monkeypatch.setattr(architecture, "tiles_for", small_tiles)
 
 
 @pytest.fixture

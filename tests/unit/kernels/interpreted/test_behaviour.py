@@ -10,8 +10,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from mhc_kernels import gpu_check, interpreted, launch, tiles, triton_backend
+from mhc_kernels import gpu_check, interpreted, tiles, triton_backend
 from mhc_kernels.function_backend import FunctionBackend
+from mhc_kernels.launch import recompute
 from mhc_kernels.seam import ConnectionSpec, Kept, Mixing, Regenerated, SeamBackend
 
 from tests.unit.kernels.seam_cases import (
@@ -220,12 +221,12 @@ def test_the_checks_for_a_gpu_run(monkeypatch: pytest.MonkeyPatch, tmp_path: Pat
     assert [case["backend"] for case in report["cases"]] == 2 * ["triton", "triton in chunks"]
     assert all(case["recompute_bit_equal"] and case["deterministic"] for case in report["cases"])
     assert report["timings"][0]["triton_forward_ms"] == 2.0
-    right = launch.recompute_block
+    right = recompute.recompute_block
 
     def wrong(streams_TNC: torch.Tensor, kept: Sequence[Kept]) -> list[Regenerated]:
         return [Regenerated(x_TNC, h_TC + 1) for x_TNC, h_TC in right(streams_TNC, kept)]
 
-    monkeypatch.setattr(launch, "recompute_block", wrong)
+    monkeypatch.setattr(recompute, "recompute_block", wrong)
     short = plan._replace(chunked_cases=(), dtypes=(torch.bfloat16,), timed_channels=())
     assert gpu_check.check_device(short, "No Device", tmp_path, once) == 1
 

@@ -6,7 +6,7 @@ import itertools
 
 import pytest
 import torch
-from mhc_kernels import launch
+from mhc_kernels.launch import architecture
 from mhc_kernels.seam import ConnectionSpec, Mixing, SeamBackend, make_backend
 from mhc_kernels.tiles import tiles_for
 
@@ -182,5 +182,5 @@ def test_collapse(backend: SeamBackend) -> None:
 def test_table_tiles(backend: SeamBackend, monkeypatch: pytest.MonkeyPatch) -> None:
     """Oracle: the fp64 reference, with the tiles of the table as they are: several programs along every axis
     but that of the rows, where a program is one token or two."""
-    monkeypatch.setattr(launch, "tiles_for", tiles_for)
+    monkeypatch.setattr(architecture, "tiles_for", tiles_for)
     check_fp32(backend, make_inputs(Case(3, 80, ConnectionSpec(num_streams=4)), torch.float32))

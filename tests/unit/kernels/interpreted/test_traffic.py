@@ -10,7 +10,10 @@ import pytest
 import torch
 import triton  # type: ignore[import-untyped]
 import triton.language as tl  # type: ignore[import-untyped]
-from mhc_kernels import formula, interpreted, launch, traffic
+from mhc_kernels import formula, interpreted, traffic
+from mhc_kernels.device.reduce_partials import reduce_partials_kernel
+from mhc_kernels.launch import architecture
+from mhc_kernels.launch.reduce_partials import reduce_partials
 from mhc_kernels.seam import ConnectionSpec, Mixing
 from mhc_kernels.tiles import Tile, TileSet, tiles_for
 
@@ -26,7 +29,7 @@ def _few_programs(monkeypatch: pytest.MonkeyPatch) -> None:
         row = tiles.mix_pre.channels
         return tiles._replace(mix_pre=Tile(16, row, 4), backward_dots=Tile(16, row, 4))
 
-    monkeypatch.setattr(launch, "tiles_for", quick_tiles)
+    monkeypatch.setattr(architecture, "tiles_for", quick_tiles)
     monkeypatch.setattr(traffic, "TOKEN_COUNTS", (16, 32))
 
 
@@ -45,7 +48,7 @@ def check_formula(num_streams: int, mixing: Mixing, dtype: torch.dtype) -> None:
     n = num_streams
     backward = 4 * n + 4 + (n if n == 8 else 0)
     assert streams == {"forward": 3 * n + 2, "backward": backward, "recompute": n + 2}
-    tiles, item = launch.tiles_for("sm_90", n, CHANNELS), torch.empty(0, dtype=dtype).element_size()
+    tiles, item = architecture.tiles_for("sm_90", n, CHANNELS), torch.empty(0, dtype=dtype).element_size()
     spec = ConnectionSpec(num_streams=n, mixing=mixing)
     expected = {
         "forward": formula.forward(CHANNELS, spec, tiles, item),
@@ -93,7 +96,7 @@ def test_chunks_read_the_streams_once(shifted_pre: bool) -> None:
     allowed for sectors of which only a part is used."""
     spec = ConnectionSpec(num_streams=4, sinkhorn_iterations=2, shifted_pre=shifted_pre)
     counted = traffic.chunked_bytes(CHANNELS, spec, torch.bfloat16, (64, 128))
-    n, row, tiles = 4, 2 * CHANNELS, launch.tiles_for("sm_90", 4, CHANNELS)
+    n, row, tiles = 4, 2 * CHANNELS, architecture.tiles_for("sm_90", 4, CHANNELS)
     promises = {
         "forward": ((2 * n + 2) * row, formula.forward(CHANNELS, spec, tiles, 2)),
         "backward": (
@@ -142,7 +145,7 @@ def test_offsets_of_partial_sums_have_64_bits(monkeypatch: pytest.MonkeyPatch) -
 
     monkeypatch.setattr(builder, "create_masked_load", note)
     partial = torch.zeros(16)
-    launch.reduce_partials_kernel[(1,)](partial, torch.zeros(block), 3, size, BLOCK=block)
+    reduce_partials_kernel[(1,)](partial, torch.zeros(block), 3, size, BLOCK=block)
     assert asked == [partial.data_ptr() + 4 * k * size for k in range(3)]
 
 
@@ -151,7 +154,7 @@ def test_partial_sums(count: int, size: int) -> None:
     """Oracle: torch's sum in fp64; several groups, columns beyond one tile, and both kernels."""
     partial = torch.randn(count, size)
     with interpreted.counted_traffic() as counter:
-        total = launch.reduce_partials(partial)
+        total = reduce_partials(partial)
     assert {one.kernel for one in counter.launches} == {"reduce_rows" if size <= 1024 else "reduce_partials"}
     assert total.shape == (size,)
     torch.testing.assert_close(total.double(), partial.double().sum(0), rtol=1e-5, atol=1e-5)
