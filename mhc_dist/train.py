@@ -33,10 +33,11 @@ from mhc_dist.data.tokens import default_cache_folder, open_tokens
 from mhc_dist.guard.exit_codes import ExitCode
 from mhc_dist.guard.last_words import LastWords
 from mhc_dist.guard.nonfinite import DivergedError, NonfiniteGuard
-from mhc_dist.guard.peers import PeerWatch, WatchLimits
+from mhc_dist.guard.peers import PeerWatch
 from mhc_dist.guard.signals import SignalInbox
 from mhc_dist.guard.spikes import SpikeDetector
 from mhc_dist.guard.stop import StopKind
+from mhc_dist.guard.watch_limits import WatchLimits
 from mhc_dist.model.flops import model_flops_per_token
 from mhc_dist.observe.metrics import Work
 from mhc_dist.observe.reporter import RunReporter, StepFigures, monitored

@@ -22,7 +22,7 @@ import mhc_dist.train
 from mhc_dist import train
 from mhc_dist.config import RunConfig
 from mhc_dist.guard.exit_codes import ExitCode
-from mhc_dist.guard.peers import WatchLimits
+from mhc_dist.guard.watch_limits import WatchLimits
 from mhc_dist.model.moe import Router
 from mhc_dist.observe.run_log import LOG_FILE, read_log
 from mhc_dist.pipeline.streams import Flight, HostStreams

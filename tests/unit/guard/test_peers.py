@@ -20,8 +20,9 @@ from torch._C._distributed_c10d import PrefixStore, TCPStore
 
 from mhc_dist.guard.exit_codes import ExitCode
 from mhc_dist.guard.liveness import this_process
-from mhc_dist.guard.peers import PeerWatch, WatchLimits
+from mhc_dist.guard.peers import PeerWatch
 from mhc_dist.guard.signals import SignalInbox
+from mhc_dist.guard.watch_limits import WatchLimits
 
 LONGEST_SECONDS = 45.0
 PEER_DIED = ExitCode.PEER_DIED.value
