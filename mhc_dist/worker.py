@@ -18,7 +18,7 @@ from mhc_dist.data.batches import Sequences
 from mhc_dist.guard.stop import StopKind
 from mhc_dist.model.hyper_connection import ManifoldConnection
 from mhc_dist.observe.stability import StabilityProbe
-from mhc_dist.optim.deepspeed_engine import OptimizerEngine, StepOutcome
+from mhc_dist.optim.engine import OptimizerEngine, StepOutcome
 from mhc_dist.parallel.boundary import STREAM_DTYPE, message_shape
 from mhc_dist.parallel.doing import Doing
 from mhc_dist.parallel.expert_exchange import ExpertExchange

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from mhc_dist.checkpoint.manifest import Section
 from mhc_dist.model.moe import Experts
-from mhc_dist.optim.deepspeed_engine import OptimizerEngine
+from mhc_dist.optim.engine import OptimizerEngine
 from mhc_dist.optim.engine_state import FlatFragment, Partition
 from mhc_dist.parallel.stage import Stage, logical_name
 from mhc_dist.topology import Topology

@@ -18,7 +18,8 @@ from deepspeed.ops import __compatible_ops__ as compatible_ops  # type: ignore[i
 from torch import Tensor, nn
 
 from mhc_dist.config import RunConfig
-from mhc_dist.optim.deepspeed_engine import OptimizerEngine, StepOutcome, check_contract
+from mhc_dist.optim.deepspeed_engine import check_contract
+from mhc_dist.optim.engine import OptimizerEngine, StepOutcome
 from mhc_dist.optim.learning_rate import learning_rate
 from mhc_dist.optim.parameter_groups import cast_to_bf16, decays
 from mhc_dist.topology import Topology
