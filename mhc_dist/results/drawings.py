@@ -36,10 +36,11 @@ def overhead(collection: Collection) -> Figure:
                 axis.bar(left, value, width=0.24, color=COLOURS[number], label=cluster.upper())
         axis.axhline(100 * PUBLISHED_OVERHEAD, color="#444444", lw=1, ls="--", label="published, 27B")
         axis.set_xticks(range(len(sizes)), [str(size) for size in sizes])
+        axis.set_xlim(-0.6, len(sizes) - 0.4)  # room for bars that are missing
         _titled(axis, model.removeprefix("paper_").upper(), "GPUs")
     top = max(axis.get_ylim()[1] for axis in axes)
     for axis in axes:
-        axis.set_ylim(0, top)
+        axis.set_ylim(0, 1.35 * top)  # the legend above all bars
     axes[0].set_ylabel("step longer than plain residual's, %\n(same layout, simulated)")
     _legend(axes[-1])
     return figure
