@@ -7,6 +7,8 @@ has four, in threads whose locks the ranks then wait for while they post their n
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import os
 import select
 import struct
@@ -49,6 +51,10 @@ class _Slot:
     memory: Tensor
 
 
+class PeerEndedError(RuntimeError):
+    """The process that a payload was for is gone."""
+
+
 class Mailbox:
     """One rank's end of a group's post. Constructing it is collective."""
 
@@ -63,9 +69,7 @@ class Mailbox:
         self._inbox = os.open(folder / f"inbox_{rank}", os.O_RDWR | os.O_NONBLOCK)
         store.set(f"mailbox {rank}", "open")
         store.wait([f"mailbox {other}" for other in range(size)])
-        self._ways = {
-            other: os.open(folder / f"inbox_{other}", os.O_WRONLY) for other in range(size) if other != rank
-        }
+        self._ways: dict[int, int] = {}
         self._free: dict[int, list[_Slot]] = {}
         self._lent: dict[tuple[int, int], _Slot] = {}
         self._num_slots = 0
@@ -75,7 +79,10 @@ class Mailbox:
     def put(
         self, to: int, kind: int, number: int, payload: Tensor, left: float = 0.0, seconds: float = 0.0
     ) -> None:
-        """Send a contiguous tensor; it may change right afterwards."""
+        """Send a contiguous tensor; it may change right afterwards.
+
+        PeerEndedError if the receiver has ended, RuntimeError if it reads no more or nothing has room.
+        """
         self._read_notes(0.0)
         payload_bytes = payload.detach().reshape(-1).view(torch.uint8)
         size = payload_bytes.numel()
@@ -83,7 +90,8 @@ class Mailbox:
         slot.memory[:size].copy_(payload_bytes)
         self._lent[to, slot.number] = slot
         # Less than a pipe's atomic unit, so notes of several senders do not mix.
-        os.write(self._ways[to], NOTE.pack(kind, self._rank, number, slot.number, size, left, seconds))
+        note = NOTE.pack(kind, self._rank, number, slot.number, size, left, seconds)
+        self._send(to, note)
 
     def has(self, source: int, kind: int, number: int) -> bool:
         """Whether that payload can be taken without waiting."""
@@ -113,8 +121,28 @@ class Mailbox:
                 f" of its transfer {number}: the ranks disagree about what they exchange."
             )
         result_bytes.copy_(self._memory_of(note)[: note.size])
-        os.write(self._ways[source], NOTE.pack(RETURNED, self._rank, 0, note.slot, 0, 0.0, 0.0))
+        # Whoever sent its last payload and ended needs no slot any more.
+        with contextlib.suppress(PeerEndedError):
+            self._send(source, NOTE.pack(RETURNED, self._rank, 0, note.slot, 0, 0.0, 0.0))
         return note
+
+    def _send(self, to: int, note: bytes) -> None:
+        """Never waits: neither for a peer that ended nor for one that reads no more."""
+        try:
+            if to not in self._ways:
+                self._ways[to] = os.open(self._folder / f"inbox_{to}", os.O_WRONLY | os.O_NONBLOCK)
+            os.write(self._ways[to], note)
+        except BlockingIOError:
+            raise RuntimeError(
+                f"rank {to} of the group has stopped reading what is sent to it. It is stuck: its own output"
+                " says where."
+            ) from None
+        except OSError as error:
+            if error.errno not in (errno.EPIPE, errno.ENXIO):
+                raise
+            raise PeerEndedError(
+                f"rank {to} of the group has ended and takes nothing any more: its own output says why."
+            ) from None
 
     def _read_notes(self, seconds: float) -> None:
         """Whatever the pipe holds, after waiting for the first note at most so long."""
@@ -144,6 +172,11 @@ class Mailbox:
         try:
             # Now and not at the first write, where a full file system would be a signal instead of an error.
             os.posix_fallocate(handle, 0, capacity)
+        except OSError as error:
+            raise RuntimeError(
+                f"no room for a payload of {size} bytes in {self._folder} ({error.strerror}). Make room"
+                " there; in a container, give it more shared memory (docker run --shm-size=1g)."
+            ) from error
         finally:
             os.close(handle)
         slot = _Slot(self._num_slots, _mapped(path))

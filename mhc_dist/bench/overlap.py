@@ -30,9 +30,7 @@ from torch import Tensor
 from mhc_dist.bench.calibrated import settle
 from mhc_dist.bench.cell import Cell, Mode, Runner, check_equal, run_ranks, with_recompute
 from mhc_dist.bench.command import Bench, Outcome
-from mhc_dist.bench.costs import (
-    machine_of,
-)
+from mhc_dist.bench.costs import machine_of
 from mhc_dist.bench.hidden import HiddenReport, hidden_report, together
 from mhc_dist.bench.namespaces import LABEL as VETH_LABEL
 from mhc_dist.bench.namespaces import MAX_RATE, ShapedNetwork

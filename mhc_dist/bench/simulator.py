@@ -21,11 +21,7 @@ from typing import Any
 from mhc_dist.bench.calibrated import calibrated, calibrated_by, on_loopback
 from mhc_dist.bench.cell import Cell, Mode, Runner, message_bytes, run_ranks, with_recompute
 from mhc_dist.bench.command import Bench, Outcome
-from mhc_dist.bench.costs import (
-    link_for,
-    machine_of,
-    on_link,
-)
+from mhc_dist.bench.costs import link_for, machine_of, on_link
 from mhc_dist.bench.overlap import add_rank_options, label_of, rank_settings, slow_motion_of
 from mhc_dist.bench.overrun import Overrun
 from mhc_dist.bench.routing import Rule

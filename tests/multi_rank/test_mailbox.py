@@ -100,3 +100,27 @@ def test_a_silent_peer_and_another_size_are_errors_that_say_so(tmp_path: Path) -
             mailbox.take(0, ROWS, 0, torch.empty(3))
 
     pair(tmp_path, listen, disagree, seconds=0.2)
+
+
+def test_an_ended_peer_and_full_memory_are_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Oracle: the contract. What an ended peer sent can still be taken; nothing can be sent to it."""
+    fork = multiprocessing.get_context("fork")
+    peer = fork.Process(
+        target=_end, args=(tmp_path, 1, lambda mailbox: mailbox.put(0, ROWS, 0, torch.ones(3)), 20.0)
+    )
+    peer.start()
+    mailbox = Mailbox(tmp_path, dist.FileStore(str(tmp_path / "store"), 2), 0, 2, 20.0)
+    peer.join(20)
+    assert peer.exitcode == 0
+    got = torch.zeros(3)
+    mailbox.take(1, ROWS, 0, got)
+    assert got.tolist() == [1.0, 1.0, 1.0]
+    with pytest.raises(RuntimeError, match="rank 1 of the group has ended"):
+        mailbox.put(1, ROWS, 7, torch.ones(3))
+
+    def full(handle: int, start: int, size: int) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("os.posix_fallocate", full)
+    with pytest.raises(RuntimeError, match=r"no room for a payload of 40000 bytes .*--shm-size"):
+        mailbox.put(1, ROWS, 8, torch.ones(10_000))

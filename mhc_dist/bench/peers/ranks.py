@@ -15,12 +15,7 @@ from torch import Tensor
 
 from mhc_dist.bench.calibrated import Settled, settle
 from mhc_dist.bench.cell import Cell, Mode, message_bytes, with_recompute
-from mhc_dist.bench.costs import (
-    Payloads,
-    SlowLink,
-    exchanges_seconds,
-    machine_of,
-)
+from mhc_dist.bench.costs import Payloads, SlowLink, exchanges_seconds, machine_of
 from mhc_dist.bench.namespaces import ShapedNetwork
 from mhc_dist.bench.overrun import Overrun
 from mhc_dist.bench.pace import Nominal, Pace, RealTime
