@@ -71,7 +71,9 @@ def _rank_main(
             init_method=f"file://{folder / 'store'}",
             rank=rank,
             world_size=world_size,
-            timeout=datetime.timedelta(seconds=timeout_seconds),
+            # Longer than the deadline of `run_ranks`: a rank that waits in vain is to be killed and named
+            # there, never to report a failure of its own in a race with that deadline.
+            timeout=datetime.timedelta(seconds=timeout_seconds + 60.0),
         )
         _write_result(folder, rank, function, arguments)
     except BaseException:
