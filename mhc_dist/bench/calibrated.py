@@ -40,15 +40,14 @@ def on_loopback(
     plain: the plain lowering. slow_motion: None for phases as they last here; otherwise those of one process
     alone, times so much.
     """
-    warm = cell.runner(stage, plain)
-    warm.step()
-    events = [event for _ in range(NUM_STEPS) for event in warm.step()[1].events]
-    costs = None
-    if cell.topology.rank == 0:
-        costs = (
-            costs_from(config, events) if slow_motion is None else stretched(costs_alone(config), slow_motion)
-        )
-    return cell.from_rank_0(costs), payloads_of(events)
+    runner = cell.runner(stage, plain)
+    events = runner.step()[1].events
+    if slow_motion is not None:
+        costs = cell.made_by_rank_0(lambda: stretched(costs_alone(config, cell.routing), slow_motion))
+        return costs, payloads_of(events)
+    # The first step has paid for what is allocated once.
+    events = [event for _ in range(NUM_STEPS) for event in runner.step()[1].events]
+    return cell.made_by_rank_0(lambda: costs_from(config, events)), payloads_of(events)
 
 
 @dataclass(frozen=True)

@@ -12,11 +12,11 @@ from __future__ import annotations
 import json
 import math
 import tempfile
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from time import perf_counter
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -24,8 +24,10 @@ from mhc_kernels.seam import make_backend
 from torch import Tensor
 from torch.autograd.graph import get_gradient_edge
 from torch.multiprocessing import start_processes  # type: ignore[attr-defined]
+from torch.multiprocessing.spawn import ProcessExitedException, ProcessRaisedException
 
 from mhc_dist.bench.alone import Nobody, random_microbatches
+from mhc_dist.bench.ended import RankEndedError
 from mhc_dist.bench.linked_group import Route, register
 from mhc_dist.bench.pace import Nominal
 from mhc_dist.bench.routing import Rule, spread_evenly
@@ -46,6 +48,7 @@ from mhc_dist.plan.layout import own_shapes
 from mhc_dist.topology import Topology
 
 Mode = Literal["none", "mhc", "full"]
+Made = TypeVar("Made")
 CPU = torch.device("cpu")
 
 
@@ -62,22 +65,43 @@ def message_bytes(config: RunConfig) -> int:
 def run_ranks(measure: Callable[..., None], config: RunConfig, *arguments: Any) -> dict[str, Any]:
     """Start measure(rank, store, config, *arguments, result) on all ranks; returns what one wrote to result.
 
-    Ranks are forked, so that they share what is imported already. Raises what the first rank to fail raised.
+    Ranks are forked, so that they share what is imported already. A rank's ValueError, about what the user
+    asked for, is raised as such; RankEndedError when one ended; anything else as ProcessRaisedException, with
+    the rank's traceback.
     """
     # The first backward of a process imports for a second: done before the ranks part.
     leaf = torch.ones(1, requires_grad=True)
     torch.autograd.backward([get_gradient_edge(leaf * 2)], [torch.ones(1)])
     memory = "/dev/shm" if Path("/dev/shm").is_dir() else None
     with tempfile.TemporaryDirectory(prefix="bench_", dir=memory) as folder:
-        result = Path(folder) / "figures.json"
-        start_processes(
-            measure,
-            (f"{folder}/store", config, *arguments, result),
-            nprocs=config.num_processes,
-            start_method="fork",
-        )
+        result, refused = Path(folder) / "figures.json", Path(folder) / "refused"
+        try:
+            start_processes(
+                _run_rank,
+                (measure, refused, f"{folder}/store", config, *arguments, result),
+                nprocs=config.num_processes,
+                start_method="fork",
+            )
+        except ProcessRaisedException as error:
+            if refused.is_file():
+                raise ValueError(refused.read_text()) from error
+            raise
+        except ProcessExitedException as error:
+            raise RankEndedError(
+                f"rank {error.error_index} of {config.num_processes} ended"
+                f" ({error.signal_name or f'exit code {error.exit_code}'}) while it measured. Its own output"
+                " says why; a SIGKILL without any is often the kernel, out of memory."
+            ) from error
         figures: dict[str, Any] = json.loads(result.read_text())
     return figures
+
+
+def _run_rank(rank: int, measure: Callable[..., None], refused: Path, *arguments: Any) -> None:
+    try:
+        measure(rank, *arguments)
+    except ValueError as error:
+        refused.write_text(str(error))
+        raise
 
 
 @dataclass(frozen=True)
@@ -170,6 +194,11 @@ class Cell:
         dist.broadcast_object_list(box)
         return box[0]
 
+    def made_by_rank_0(self, make: Callable[[], Made]) -> Made:
+        """What `make` returns on rank 0; the others, which share its cores, do not run it. Collective."""
+        found: Made = self.from_rank_0(make() if self.topology.rank == 0 else None)
+        return found
+
     def gather(self, value: Any) -> list[Any]:
         """What all ranks pass in, in rank order; collective."""
         found: list[Any] = [None] * dist.get_world_size()
@@ -208,10 +237,3 @@ class Runner:
     def gradients(self) -> dict[str, Tensor]:
         """By the parameters' names in the whole model."""
         return {name: p.grad for name, p in self.stage.logical_parameters() if p.grad is not None}
-
-
-def check_equal(want: Mapping[str, Tensor], got: Mapping[str, Tensor], who: str) -> None:
-    """Raise RuntimeError unless both hold the same gradients, bit for bit."""
-    wrong = [name for name in want if name not in got or not torch.equal(got[name], want[name])]
-    if wrong or got.keys() != want.keys():
-        raise RuntimeError(f"{who} computes other gradients ({', '.join(wrong[:3])}), so times say nothing")

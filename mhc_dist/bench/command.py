@@ -10,8 +10,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from mhc_dist.bench.ended import RankEndedError
 from mhc_dist.bench.result import shown_command, write_result
 from mhc_dist.config import RunConfig, load_config
+from mhc_dist.guard.exit_codes import ExitCode
 
 DEFAULT_CONFIG = Path(__file__).resolve().parents[2] / "configs" / "bench.yaml"
 
@@ -19,12 +21,13 @@ DEFAULT_CONFIG = Path(__file__).resolve().parents[2] / "configs" / "bench.yaml"
 @dataclass(frozen=True)
 class Outcome:
     """What a bench found. stem: of the file it goes to. label: what kind of figures they are. table: for a
-    reader in front of the terminal."""
+    reader in front of the terminal. replaces: a file that is superfluous once the figures are written."""
 
     stem: str
     label: str
     figures: dict[str, Any]
     table: str = ""
+    replaces: Path | None = None
 
 
 @dataclass(frozen=True)
@@ -38,7 +41,9 @@ class Bench:
     settings: Callable[[argparse.Namespace], Sequence[str]] = lambda options: ()
 
     def main(self, arguments: Sequence[str] | None = None) -> None:
-        """Measure, write the file, print. What the user got wrong ends with code 2 and one line."""
+        """Measure, write the file, print. What the user got wrong ends with code 2 and one line, a process
+        that is gone with code 81.
+        """
         parser = argparse.ArgumentParser(
             prog=f"mhc-dist bench {self.name}",
             description=self.description,
@@ -59,9 +64,14 @@ class Bench:
             outcome = self.measure(config, options)
         except ValueError as error:
             print(f"mhc-dist: {error}", file=sys.stderr)
-            sys.exit(2)
+            sys.exit(ExitCode.USAGE)
+        except RankEndedError as error:
+            print(f"mhc-dist: {error}", file=sys.stderr)
+            sys.exit(ExitCode.PEER_DIED)
         command = shown_command(self.name, arguments)
         path = write_result(outcome.stem, options.results, command, outcome.label, outcome.figures)
+        if outcome.replaces is not None:
+            outcome.replaces.unlink()
         if not options.json:
             print(f"{outcome.label}; written to {path}")
             if outcome.table:

@@ -11,7 +11,9 @@ import torch.distributed as dist
 from mhc_kernels.seam import make_backend
 
 from mhc_dist.bench.alone import Nobody, random_microbatches
+from mhc_dist.bench.routing import Rule, spread_evenly
 from mhc_dist.config import RunConfig
+from mhc_dist.optim.parameter_groups import cast_to_bf16
 from mhc_dist.parallel.emulated_link import EmulatedLink
 from mhc_dist.parallel.expert_exchange import ExpertExchange
 from mhc_dist.parallel.stage import Stage
@@ -51,7 +53,7 @@ def costs_from(config: RunConfig, events: Sequence[Event]) -> CostTable:
     return calibrate(run_costs(config, machine_of(config)), compute)
 
 
-def costs_alone(config: RunConfig) -> CostTable:
+def costs_alone(config: RunConfig, routing: Rule) -> CostTable:
     """Every phase of every chunk, timed in this process alone: no peers, all experts here, one thread."""
     shapes = own_shapes(config)
     program = lower(_one_after_the_other(len(shapes.chunks)), shapes.chunks)
@@ -59,6 +61,10 @@ def costs_alone(config: RunConfig) -> CostTable:
     stage = Stage(
         config, shapes.places, make_backend(config.kernels.backend), exchange, 0, torch.device("cpu")
     )
+    if config.train.precision == "bf16":
+        cast_to_bf16(stage)
+    if routing == "even":
+        spread_evenly(stage)
     microbatches = random_microbatches(config)[:MICROBATCHES_ALONE]
     nobody = Nobody()
     executor = Executor(0, stage.by_index, nobody)

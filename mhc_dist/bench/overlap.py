@@ -1,11 +1,14 @@
 """`mhc-dist bench overlap`: what placement hides, on a slow link, against the same steps without it.
 
-Four variants take turns within one run, on the same batches and to the same bits:
+Variants take turns within one run, on the same batches and to the same bits, step by step:
 
-    no overlap          phases one after the other, every exchange awaited where its result is needed
-    overlap             phases placed; nothing recomputed
-    overlap, late       phases placed; streams recomputed right before their use
-    overlap, placed     phases placed, recomputation too
+    no overlap             phases one after the other, every exchange awaited where its result is needed
+    no overlap, recompute  the same, streams recomputed right before their use
+    overlap                phases placed; nothing recomputed
+    overlap, late          phases placed; streams recomputed right before their use
+    overlap, placed        phases placed, recomputation too
+
+Steps of the first two tell the simulator what phases cost at the time, and it predicts the others.
 
 --ranks 2: one pipeline rank, experts over two, real compute on two cores. --ranks 4 and 8: two and four
 pipeline ranks, experts over two, in delay mode: every phase lasts its single-process time, in slow motion.
@@ -18,24 +21,26 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from statistics import median
 from typing import Any
 
 from torch import Tensor
 
-from mhc_dist.bench.calibrated import settle
-from mhc_dist.bench.cell import Cell, Mode, Runner, check_equal, run_ranks, with_recompute
+from mhc_dist.bench.calibrated import calibrated_by, settle
+from mhc_dist.bench.cell import Cell, Mode, Runner, run_ranks, with_recompute
 from mhc_dist.bench.command import Bench, Outcome
 from mhc_dist.bench.costs import machine_of
+from mhc_dist.bench.equality import Equality, all_of, compared
 from mhc_dist.bench.hidden import HiddenReport, hidden_report, together
 from mhc_dist.bench.namespaces import LABEL as VETH_LABEL
 from mhc_dist.bench.namespaces import MAX_RATE, ShapedNetwork
-from mhc_dist.bench.overrun import BOUND, Overrun
+from mhc_dist.bench.overrun import Overrun
 from mhc_dist.bench.peers.ratio import paired_ratio
+from mhc_dist.bench.ranks import add_rank_options, label_of, rank_settings, slow_motion_of
 from mhc_dist.bench.routing import Rule
 from mhc_dist.bench.simulated import prediction
 from mhc_dist.config import RunConfig
@@ -43,26 +48,23 @@ from mhc_dist.pipeline.action import Pass
 from mhc_dist.pipeline.cost import CostTable
 from mhc_dist.pipeline.lower import lower
 from mhc_dist.pipeline.placement import Placement
+from mhc_dist.pipeline.trace import Event
 from mhc_dist.pipeline.validate import validate
 from mhc_dist.plan.layout import own_shapes, schedule_of
 from mhc_dist.plan.run_costs import placed_program
 
 MODES: tuple[Mode, ...] = ("none", "mhc")
-NO_OVERLAP, OVERLAP, LATE, PLACED = "no_overlap", "overlap", "overlap_late_recompute", "overlap_placed"
-RECOMPUTES: dict[str, Mode] = {NO_OVERLAP: "none", OVERLAP: "none", LATE: "mhc", PLACED: "mhc"}
+NO_OVERLAP, NO_OVERLAP_RECOMPUTE = "no_overlap", "no_overlap_recompute"
+OVERLAP, LATE, PLACED = "overlap", "overlap_late_recompute", "overlap_placed"
+RECOMPUTES: dict[str, Mode] = {
+    NO_OVERLAP: "none",
+    NO_OVERLAP_RECOMPUTE: "mhc",
+    OVERLAP: "none",
+    LATE: "mhc",
+    PLACED: "mhc",
+}
+PLAIN: dict[Mode, str] = {"none": NO_OVERLAP, "mhc": NO_OVERLAP_RECOMPUTE}
 PLACEMENTS = {OVERLAP: Placement(), LATE: Placement(prefetch_recompute=False), PLACED: Placement()}
-
-REAL_SIZES = ("schedule.num_microbatches=16",)
-DELAY_SIZES = (
-    "model.num_layers=8",
-    "model.hidden_size=128",
-    "model.expert_dim=128",
-    "model.num_active_experts=4",
-    "data.sequence_length=128",
-    "schedule.num_microbatches=16",
-)
-"""Small enough that the ranks' real compute fits into nominal time. As many microbatches as a step on a
-cluster has: with few, what fill and drain leave exposed outweighs everything else."""
 
 
 @dataclass(frozen=True)
@@ -87,7 +89,7 @@ class _Variant:
     runner: Runner
     costs: CostTable
     seconds: list[float] = field(default_factory=list)
-    reports: list[HiddenReport] = field(default_factory=list)
+    steps: list[list[Event]] = field(default_factory=list)
     overrun: Overrun = field(default_factory=Overrun)
 
 
@@ -100,10 +102,12 @@ def measure(rank: int, store: str, config: RunConfig, plan: Plan, result: Path) 
     cell = Cell.join(rank, store, config, links, plan.routing, on_network=on_network)
     settled = settle(cell, MODES, plan.ratio, plan.slow_motion, plan.network)
     costs, link = settled.costs, settled.link
-    programs = {NO_OVERLAP: settled.plain["none"]}
+    programs = {name: settled.plain[mode] for mode, name in PLAIN.items()}
     for name, placement in PLACEMENTS.items():
         own = with_recompute(config, RECOMPUTES[name])
-        programs[name] = placed_program(own, machine_of(own), placement, costs[RECOMPUTES[name]])
+        programs[name] = cell.made_by_rank_0(
+            partial(placed_program, own, machine_of(own), placement, costs[RECOMPUTES[name]])
+        )
     variants = {}
     for name, program in programs.items():
         validate(program)
@@ -113,10 +117,24 @@ def measure(rank: int, store: str, config: RunConfig, plan: Plan, result: Path) 
             cell.runner(settled.stages[mode], program, nominal, settled.emulated), costs[mode]
         )
 
-    _alternate(variants, plan.rounds, link.seconds, nominal=plan.slow_motion is not None)
-    everyone = {name: cell.gather((variant.reports, variant.overrun)) for name, variant in variants.items()}
+    in_delay_mode = plan.slow_motion is not None
+    equality = _alternate(cell, variants, plan.rounds, in_delay_mode=in_delay_mode)
+    everyone = {
+        name: cell.gather(([hidden_report(step, link.seconds) for step in variant.steps], variant.overrun))
+        for name, variant in variants.items()
+    }
+    known = {
+        mode: calibrated_by(cell, costs[mode], variants[name].steps, in_delay_mode=in_delay_mode)
+        for mode, name in PLAIN.items()
+    }
     if rank == 0:
+        simulated = {
+            name: prediction(variant.runner.program, known[RECOMPUTES[name]], variant.seconds)
+            for name, variant in variants.items()
+        }
         figures = _figures(variants, everyone, plan) | {
+            **equality.figures(),
+            "simulator": simulated,
             "all_to_all_to_compute_ratio": plan.ratio,
             "slow_motion": plan.slow_motion,
             "routing": plan.routing,
@@ -133,22 +151,32 @@ def measure(rank: int, store: str, config: RunConfig, plan: Plan, result: Path) 
     cell.leave()
 
 
-def _alternate(
-    variants: dict[str, _Variant], rounds: int, link_seconds: Callable[[int], float], *, nominal: bool
-) -> None:
-    """Steps in turn. The first turn warms up, and proves that all variants compute the same."""
+def _alternate(cell: Cell, variants: dict[str, _Variant], rounds: int, *, in_delay_mode: bool) -> Equality:
+    """Steps in turn; the first turn warms up. Every step's gradients are compared with those of the first.
+
+    RuntimeError on all ranks when they differ on one. Collective.
+    """
     want: dict[str, Tensor] = {}
+    equality = Equality()
     for turn in range(rounds + 1):
+        found = Equality()
         for name, variant in variants.items():
             seconds, trace = variant.runner.step()
+            gradients = variant.runner.gradients()
+            if not want:
+                want = {key: gradient.clone() for key, gradient in gradients.items()}
+            else:
+                found += compared(want, gradients, name)
             if turn == 0:
-                want = want or {key: gradient.clone() for key, gradient in variant.runner.gradients().items()}
-                check_equal(want, variant.runner.gradients(), name)
                 continue
             variant.seconds.append(seconds)
-            variant.reports.append(hidden_report(trace.events, link_seconds))
-            if nominal:
+            variant.steps.append(trace.events)
+            if in_delay_mode:
                 variant.overrun += Overrun.of(trace.events, variant.costs)
+        found = all_of(cell.gather(found))
+        found.check()
+        equality += found
+    return equality
 
 
 def _figures(
@@ -183,7 +211,6 @@ def _figures(
         ),
         "all_to_all_to_compute_measured": median_of(NO_OVERLAP, lambda r: r.flight_to_compute_ratio),
         "rounds": len(base),
-        "gradients_bit_equal": True,
         "step_seconds": {name: median(variant.seconds) for name, variant in variants.items()},
         "speedup_over_no_overlap": {
             name: asdict(paired_ratio(base, variant.seconds)) for name, variant in variants.items()
@@ -191,10 +218,6 @@ def _figures(
         "all_to_all_hidden": {name: median_of(name, lambda r: r.hidden_ratio()) for name in variants},
         "recompute_hidden": {name: median_of(name, lambda r: r.recompute_hidden_ratio) for name in variants},
         "exposed_shares": {name: shares_of(name) for name in variants},
-        "simulator": {
-            name: prediction(variant.runner.program, variant.costs, variant.seconds)
-            for name, variant in variants.items()
-        },
         **(overrun.figures() if plan.slow_motion is not None else {}),
         "_overrun": asdict(overrun),
     }
@@ -216,11 +239,8 @@ def run(config: RunConfig, plan: Plan, *, veth: bool = False) -> dict[str, Any]:
             f"parallel.pipeline={parallel.pipeline} with real compute: more ranks than cores hide each"
             " other's waits. Pass --ranks 4 or 8, which run in delay mode, or set parallel.pipeline=1."
         )
-    if not plan.ratio > 0 or plan.rounds < 1 or not (plan.slow_motion is None or plan.slow_motion >= 1):
-        raise ValueError(
-            f"ratio={plan.ratio} must be above 0, rounds={plan.rounds} and slow_motion={plan.slow_motion} at"
-            " least 1."
-        )
+    if not plan.ratio > 0 or plan.rounds < 1:
+        raise ValueError(f"ratio={plan.ratio} must be above 0 and rounds={plan.rounds} at least 1.")
     if veth:
         if plan.slow_motion is not None:
             raise ValueError("--link veth goes with --ranks 2: in slow motion a rate would mean nothing.")
@@ -230,54 +250,6 @@ def run(config: RunConfig, plan: Plan, *, veth: bool = False) -> dict[str, Any]:
         figures = run_ranks(measure, config, plan)
     Overrun(**figures.pop("_overrun")).check(plan.max_overrun)
     return figures
-
-
-def slow_motion_for(num_ranks: int) -> float:
-    """Nominal over measured time, so that all ranks can start a phase at once and still be in time."""
-    return max(1.5, 1.5 * num_ranks / (os.cpu_count() or 1))
-
-
-def add_rank_options(parser: argparse.ArgumentParser) -> None:
-    """Options of benches that run in real compute or in delay mode."""
-    parser.add_argument("--ranks", type=int, choices=(2, 4, 8), default=2, help="processes (2)")
-    parser.add_argument(
-        "--slow-motion",
-        type=float,
-        help="delay mode: nominal over measured compute time (1.5 times the ranks of a core)",
-    )
-    parser.add_argument(
-        "--max-overrun",
-        type=float,
-        default=BOUND,
-        help="delay mode: share of late time above which the run is refused (%(default)s)",
-    )
-    parser.add_argument("--ratio", type=float, default=0.6, help="all-to-all time over compute time (0.6)")
-    parser.add_argument(
-        "--routing",
-        choices=("even", "untrained"),
-        default="even",
-        help="rows per expert: all alike, or as random weights send them (even)",
-    )
-
-
-def rank_settings(options: argparse.Namespace) -> Sequence[str]:
-    """Configuration for `--ranks`."""
-    if options.ranks == 2:
-        return REAL_SIZES
-    return (*DELAY_SIZES, f"parallel.pipeline={options.ranks // 2}")
-
-
-def slow_motion_of(options: argparse.Namespace) -> float | None:
-    """None for real compute."""
-    if options.ranks == 2:
-        return None
-    return options.slow_motion or slow_motion_for(options.ranks)
-
-
-def label_of(options: argparse.Namespace, link: str = "emulated link") -> str:
-    if options.ranks == 2:
-        return f"{link}; compute measured, two ranks on two cores"
-    return f"{link}; delay mode: single-process times of compute, in slow motion"
 
 
 def _add_options(parser: argparse.ArgumentParser) -> None:

@@ -1,142 +1,216 @@
 """`mhc-dist bench simulator`: predicted against measured steps, for every schedule and recompute mode.
 
-For each case, steps of the plain lowering on the same ranks and link calibrate the simulator: seconds of
-phases (--ranks 4 and 8, in delay mode: measured in one process alone), how far phases differ from them, what
-starting and ending exchanges takes. Exchanges and messages are those of the emulated link. Two such steps
-place the phases. Then plain and placed steps take turns, and cases too: from the plain ones the simulator
-predicts the placed ones. So it is told how fast the processors were at the time, and nothing of placed steps.
+For each case, a step of the plain lowering on the same ranks and link calibrates what placement knows:
+seconds of phases (--ranks 4 and 8, in delay mode: measured in one process alone), how far phases differ from
+them, what starting and ending exchanges takes. Exchanges and messages are those of the emulated link. Then
+plain and placed steps take turns: from the plain ones the simulator predicts the placed ones. So it is told
+how fast the processors were at the time, and nothing of placed steps. Both compute the same gradients, bit
+for bit.
+
+Cases are measured one after the other and kept as they are done, in NAME.unfinished.jsonl beside the result:
+after an end before the last one, --resume goes on. --minutes ends it in time.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from datetime import UTC, datetime
 from itertools import product
 from pathlib import Path
 from statistics import median
+from time import monotonic
 from typing import Any
 
-from mhc_dist.bench.calibrated import calibrated, calibrated_by, on_loopback
+from mhc_dist.bench.calibrated import calibrated_by, on_loopback
 from mhc_dist.bench.cell import Cell, Mode, Runner, message_bytes, run_ranks, with_recompute
 from mhc_dist.bench.command import Bench, Outcome
-from mhc_dist.bench.costs import link_for, machine_of, on_link
-from mhc_dist.bench.overlap import add_rank_options, label_of, rank_settings, slow_motion_of
+from mhc_dist.bench.costs import Payloads, link_for, machine_of, on_link
+from mhc_dist.bench.equality import Equality, all_of, compared
 from mhc_dist.bench.overrun import Overrun
+from mhc_dist.bench.ranks import add_rank_options, label_of, rank_settings, slow_motion_of
+from mhc_dist.bench.result import conditions
 from mhc_dist.bench.routing import Rule
 from mhc_dist.bench.simulated import predicted_seconds
+from mhc_dist.bench.unfinished import Row, Unfinished
 from mhc_dist.config import RunConfig
-from mhc_dist.pipeline.action import Program
-from mhc_dist.pipeline.cost import CostTable
+from mhc_dist.parallel.stage import Stage
+from mhc_dist.pipeline.action import ChunkShape, Program
+from mhc_dist.pipeline.cost import CostTable, PhaseCost
 from mhc_dist.pipeline.lower import lower
 from mhc_dist.pipeline.trace import Event
 from mhc_dist.plan.layout import own_shapes, schedule_of
-from mhc_dist.plan.run_costs import placed_program
+from mhc_dist.plan.run_costs import placed_program, run_costs
 
 SCHEDULES = ("gpipe", "1f1b", "interleaved", "zb1p", "zbv", "dualpipev")
 MODES: tuple[Mode, ...] = ("none", "mhc", "full")
 
+CaseName = tuple[str, Mode]
+"""(schedule, recompute mode)"""
+
 
 @dataclass(frozen=True)
 class Plan:
-    """ratio: all-to-all over compute. slow_motion: nominal over measured time, None computes in real time."""
+    """ratio: all-to-all over compute. slow_motion: nominal over measured time, None computes in real time.
 
-    schedules: tuple[str, ...]
-    modes: tuple[Mode, ...]
+    seconds: no case begins later than this; None for no limit.
+    """
+
+    cases: tuple[CaseName, ...]
     ratio: float
     rounds: int
     slow_motion: float | None
+    max_overrun: float
     routing: Rule
+    seconds: float | None = None
 
 
-@dataclass
+def measure(
+    rank: int, store: str, config: RunConfig, plan: Plan, unfinished: Unfinished, result: Path
+) -> None:
+    """One rank of the bench. Rank 0 keeps the rows of cases in `unfinished`; in `result` it leaves those that
+    are not valid.
+    """
+    configs = {case: _config_of(config, *case) for case in plan.cases}
+    plain = {case: lower(schedule_of(c), own_shapes(c).chunks) for case, c in configs.items()}
+    links = sorted({link for p in plain.values() for link in p.links})
+    cell = Cell.join(rank, store, config, links, plan.routing)
+    compute = _Compute(cell, plan.slow_motion)
+    late: list[Row] = []
+    began = monotonic()
+    for case in plan.cases:
+        if cell.from_rank_0(plan.seconds is not None and monotonic() - began > plan.seconds):
+            break
+        row = _row(cell, case, _prepare(cell, configs[case], plain[case], plan, compute), plan)
+        if rank == 0:
+            (unfinished.add if row.get("overrun_share", 0.0) <= plan.max_overrun else late.append)(row)
+    if rank == 0:
+        result.write_text(json.dumps({"late": late}))
+    cell.leave()
+
+
+def _config_of(config: RunConfig, name: str, mode: Mode) -> RunConfig:
+    schedule = config.schedule.model_copy(update={"name": name})
+    return with_recompute(config.model_copy(update={"schedule": schedule}), mode)
+
+
+class _Compute:
+    """What compute and exchanges of a case cost before any link slows them down, measured once for all cases
+    that cut the model into the same chunks.
+    """
+
+    def __init__(self, cell: Cell, slow_motion: float | None) -> None:
+        self._cell, self._slow_motion = cell, slow_motion
+        self._known: dict[tuple[ChunkShape, ...], tuple[Mapping[tuple[int, str], PhaseCost], Payloads]] = {}
+
+    def of(self, config: RunConfig, stage: Stage, plain: Program) -> tuple[CostTable, Payloads]:
+        """Collective."""
+        chunks = plain.chunks
+        if chunks not in self._known:
+            costs, payloads = on_loopback(self._cell, config, stage, plain, self._slow_motion)
+            self._known[chunks] = costs.phases, payloads
+        phases, payloads = self._known[chunks]
+        return replace(run_costs(config, machine_of(config)), phases=phases), payloads
+
+
+@dataclass(frozen=True)
 class _Case:
-    """One schedule in one mode, and its steps so far on this rank."""
+    """One schedule in one mode, on this rank. costs: as placement knew them."""
 
     plain: Runner
     placed: Runner
     costs: CostTable
-    """As placement knew them."""
-    plain_steps: list[list[Event]] = field(default_factory=list)
-    seconds: list[float] = field(default_factory=list)
-    """Of placed steps."""
-    overrun: Overrun = field(default_factory=Overrun)
 
 
-def measure(rank: int, store: str, config: RunConfig, plan: Plan, result: Path) -> None:
-    """One rank of the bench. Rank 0 writes its figures to `result`."""
-    configs = {
-        (name, mode): _with_schedule(with_recompute(config, mode), name)
-        for name, mode in product(plan.schedules, plan.modes)
-    }
-    plain = {case: lower(schedule_of(c), own_shapes(c).chunks) for case, c in configs.items()}
-    cell = Cell.join(
-        rank, store, config, sorted({link for p in plain.values() for link in p.links}), plan.routing
-    )
-    cases = {case: _prepare(cell, configs[case], plain[case], plan) for case in configs}
-    for turn in range(plan.rounds + 1):
-        for case in cases.values():
-            plain_trace = case.plain.step()[1]
-            seconds, trace = case.placed.step()
-            if turn:  # the first turn warms up
-                case.plain_steps.append(plain_trace.events)
-                case.seconds.append(seconds)
-                if plan.slow_motion is not None:
-                    case.overrun += Overrun.of(trace.events, case.costs)
-    predicted = {key: _predicted(cell, case) for key, case in cases.items()}
-    overruns = cell.gather({case: found.overrun for case, found in cases.items()})
-    if rank == 0:
-        result.write_text(json.dumps(_figures(cases, predicted, overruns, config, plan)))
-    cell.leave()
-
-
-def _with_schedule(config: RunConfig, name: str) -> RunConfig:
-    return config.model_copy(update={"schedule": config.schedule.model_copy(update={"name": name})})
-
-
-def _prepare(cell: Cell, config: RunConfig, plain: Program, plan: Plan) -> _Case:
-    """Measure, choose the link, place. Collective."""
+def _prepare(cell: Cell, config: RunConfig, plain: Program, plan: Plan, compute: _Compute) -> _Case:
+    """Choose the link, calibrate, place. Collective."""
     stage = cell.stage(config, plain)
-    compute, payloads = on_loopback(cell, config, stage, plain, plan.slow_motion)
-    link = link_for(compute, payloads, plain, plan.ratio)
-    costs = on_link(compute, payloads, link, message_bytes(config))
+    on_host, payloads = compute.of(config, stage, plain)
+    link = link_for(on_host, payloads, plain, plan.ratio)
+    costs = on_link(on_host, payloads, link, message_bytes(config))
     nominal = None if plan.slow_motion is None else costs
-    plain_runner = cell.runner(stage, plain, nominal, link)
-    costs = calibrated(cell, costs, plain_runner)
-    program = placed_program(config, machine_of(config), costs=costs)
-    return _Case(plain_runner, cell.runner(stage, program, nominal, link), costs)
+    runner = cell.runner(stage, plain, nominal, link)
+    runner.step()  # pays for what is allocated once
+    costs = calibrated_by(cell, costs, [runner.step()[1].events], in_delay_mode=runner.in_delay_mode)
+    program = cell.made_by_rank_0(lambda: placed_program(config, machine_of(config), costs=costs))
+    return _Case(runner, cell.runner(stage, program, nominal, link), costs)
 
 
-def _predicted(cell: Cell, case: _Case) -> float:
-    """Seconds of the placed step, by the plain steps of the timed rounds. Collective."""
-    costs = calibrated_by(cell, case.costs, case.plain_steps, in_delay_mode=case.plain.in_delay_mode)
-    return predicted_seconds(case.placed.program, costs)
-
-
-def _figures(
-    cases: dict[tuple[str, Mode], _Case],
-    predicted: dict[tuple[str, Mode], float],
-    overruns: Sequence[dict[tuple[str, Mode], Overrun]],
-    config: RunConfig,
-    plan: Plan,
-) -> dict[str, Any]:
-    rows = []
-    for (name, mode), case in cases.items():
-        measured = median(case.seconds)
-        row: dict[str, Any] = {
-            "schedule": name,
-            "recompute": mode,
-            "predicted_seconds": predicted[name, mode],
-            "measured_seconds": measured,
-            "ratio": predicted[name, mode] / measured,
-        }
+def _row(cell: Cell, name: CaseName, case: _Case, plan: Plan) -> Row:
+    """Plain and placed steps in turn, and what the first say of the second. Collective."""
+    plain_steps: list[list[Event]] = []
+    seconds: list[float] = []
+    equality, overrun = Equality(), Overrun()
+    case.placed.step()
+    for _ in range(plan.rounds):
+        plain_trace = case.plain.step()[1]
+        plain_steps.append(plain_trace.events)
+        want = {key: gradient.clone() for key, gradient in case.plain.gradients().items()}
+        step_seconds, trace = case.placed.step()
+        equality += compared(want, case.placed.gradients(), "placed")
+        seconds.append(step_seconds)
         if plan.slow_motion is not None:
-            row |= sum((of_rank[name, mode] for of_rank in overruns), Overrun()).figures()
-        rows.append(row)
-    total = sum((overrun for of_rank in overruns for overrun in of_rank.values()), Overrun())
+            # Of both: late plain steps make a late prediction.
+            overrun += Overrun.of(plain_trace.events, case.costs) + Overrun.of(trace.events, case.costs)
+    equality = all_of(cell.gather(equality))
+    equality.check()
+    overrun = sum(cell.gather(overrun), Overrun())
+    costs = calibrated_by(cell, case.costs, plain_steps, in_delay_mode=case.plain.in_delay_mode)
+    predicted = cell.made_by_rank_0(lambda: predicted_seconds(case.placed.program, costs))
+    measured = median(seconds)
     return {
+        "schedule": name[0],
+        "recompute": name[1],
+        "predicted_seconds": predicted,
+        "measured_seconds": measured,
+        "ratio": predicted / measured,
+        **equality.figures(),
+        **(overrun.figures() if plan.slow_motion is not None else {}),
+        "time": datetime.now(UTC).isoformat(timespec="seconds"),
+        "load_average": round(os.getloadavg()[0], 2),
+    }
+
+
+def run(config: RunConfig, plan: Plan, unfinished: Unfinished) -> list[Row]:
+    """Start the ranks for the cases that `unfinished` lacks; returns the rows of all of the plan's cases.
+
+    ValueError when some are missing: processors were late, or time was over.
+    """
+    rows = _by_name(unfinished)
+    missing = tuple(case for case in plan.cases if case not in rows)
+    late: list[Row] = []
+    if missing:
+        late = run_ranks(measure, config, replace(plan, cases=missing), unfinished)["late"]
+        rows = _by_name(unfinished)
+    left = [case for case in plan.cases if case not in rows]
+    if left:
+        raise ValueError(_why_left(plan, left, late, unfinished.path))
+    return [rows[case] for case in plan.cases]
+
+
+def _by_name(unfinished: Unfinished) -> dict[CaseName, Row]:
+    return {(row["schedule"], row["recompute"]): row for row in unfinished.rows()}
+
+
+def _why_left(plan: Plan, left: Sequence[CaseName], late: Sequence[Row], path: Path) -> str:
+    text = f"{len(plan.cases) - len(left)} of {len(plan.cases)} cases are measured and kept in {path}."
+    if late:
+        cases = ", ".join(f"{r['schedule']} {r['recompute']} {r['overrun_share']:.1%}" for r in late)
+        text += (
+            f" Phases overran their nominal time by more than {plan.max_overrun:.1%} in {cases}: processors"
+            " are saturated and these figures not valid. Raise --slow-motion, or use a machine that does"
+            " nothing else."
+        )
+    return text + " The same command with --resume measures the rest."
+
+
+def _figures(rows: Sequence[Row], config: RunConfig, plan: Plan) -> dict[str, Any]:
+    figures = {
         "worst_error_ratio": max(abs(row["ratio"] - 1.0) for row in rows),
+        "gradients_bit_equal": all(row["gradients_bit_equal"] for row in rows),
         "cases": rows,
         "all_to_all_to_compute_ratio": plan.ratio,
         "slow_motion": plan.slow_motion,
@@ -144,18 +218,10 @@ def _figures(
         "ranks": config.num_processes,
         "num_microbatches": config.schedule.num_microbatches,
         "rounds": plan.rounds,
-        "_overrun": asdict(total),
     }
-
-
-def run(config: RunConfig, plan: Plan, max_overrun: float) -> dict[str, Any]:
-    """Start the ranks and return their figures."""
-    if not plan.ratio > 0 or plan.rounds < 1:
-        raise ValueError(f"ratio={plan.ratio} must be above 0 and rounds={plan.rounds} at least 1.")
-    figures = run_ranks(measure, config, plan)
-    overrun = Overrun(**figures.pop("_overrun"))
-    overrun.check(max_overrun)
-    return figures | (overrun.figures() if plan.slow_motion is not None else {})
+    if plan.slow_motion is not None:
+        figures["largest_overrun_share"] = max(row["overrun_share"] for row in rows)
+    return figures
 
 
 def _add_options(parser: argparse.ArgumentParser) -> None:
@@ -163,6 +229,8 @@ def _add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--rounds", type=int, default=3, help="timed steps of every case (3)")
     parser.add_argument("--schedules", nargs="+", choices=SCHEDULES, default=SCHEDULES, metavar="NAME")
     parser.add_argument("--modes", nargs="+", choices=MODES, default=MODES, metavar="MODE")
+    parser.add_argument("--resume", action="store_true", help="keep the cases that are measured already")
+    parser.add_argument("--minutes", type=float, help="begin no case after so many minutes (no limit)")
 
 
 def _settings(options: argparse.Namespace) -> Sequence[str]:
@@ -182,16 +250,32 @@ def _table(figures: dict[str, Any]) -> str:
 
 def _measure(config: RunConfig, options: argparse.Namespace) -> Outcome:
     plan = Plan(
-        tuple(options.schedules),
-        tuple(options.modes),
+        tuple(product(options.schedules, options.modes)),
         options.ratio,
         options.rounds,
         slow_motion_of(options),
+        options.max_overrun,
         options.routing,
+        None if options.minutes is None else 60.0 * options.minutes,
     )
-    figures = run(config, plan, options.max_overrun)
-    return Outcome(f"simulator_{options.ranks}_ranks", label_of(options), figures, _table(figures))
+    if not plan.ratio > 0 or plan.rounds < 1:
+        raise ValueError(f"ratio={plan.ratio} must be above 0 and rounds={plan.rounds} at least 1.")
+    stem = f"simulator_{options.ranks}_ranks"
+    settings = {name: value for name, value in conditions().items() if name in SAME} | {
+        "config": config.model_dump(mode="json"),
+        "ratio": plan.ratio,
+        "rounds": plan.rounds,
+        "slow_motion": plan.slow_motion,
+        "routing": plan.routing,
+    }
+    open_file = Unfinished.resume if options.resume else Unfinished.begin
+    unfinished = open_file(options.results / f"{stem}.unfinished.jsonl", settings)
+    figures = _figures(run(config, plan, unfinished), config, plan)
+    return Outcome(stem, label_of(options), figures, _table(figures), replaces=unfinished.path)
 
+
+SAME = ("commit", "processor", "cores", "python", "torch")
+"""Conditions that cases of one result have in common."""
 
 BENCH = Bench("simulator", __doc__, _add_options, _measure, _settings)
 

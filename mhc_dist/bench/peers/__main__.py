@@ -15,14 +15,16 @@ limited rate by the kernel; needs root and iproute2, and goes with real compute.
 from __future__ import annotations
 
 import argparse
+from dataclasses import replace
 from typing import Any
 
 from mhc_dist.bench.cell import run_ranks
 from mhc_dist.bench.command import Bench, Outcome
 from mhc_dist.bench.namespaces import LABEL, MAX_RATE, ShapedNetwork
-from mhc_dist.bench.overrun import BOUND
+from mhc_dist.bench.overrun import Overrun
 from mhc_dist.bench.peers.figures import OURS, OURS_MHC
 from mhc_dist.bench.peers.ranks import Plan, measure
+from mhc_dist.bench.ranks import add_delay_options, checked_slow_motion
 from mhc_dist.config import RunConfig
 
 REAL_SIZES = ("schedule.num_microbatches=16", "data.sequence_length=128")
@@ -47,21 +49,27 @@ LINK = {"emulated": "emulated link", "veth": LABEL}
 def measured(config: RunConfig, options: argparse.Namespace) -> Outcome:
     """Start the ranks, wait for rank 0's figures."""
     _check(config, options)
-    arguments = (options.compute, options.ratio, options.rounds, options.slow_motion, options.routing)
+    plan = Plan(options.ratio, options.rounds, _slow_motion_of(config, options), options.routing)
     if options.link == "veth":
         with ShapedNetwork(config.num_processes, MAX_RATE) as network:
-            figures = run_ranks(measure, config, Plan(*arguments, network))
+            figures = run_ranks(measure, config, replace(plan, network=network))
     else:
-        figures = run_ranks(measure, config, Plan(*arguments))
-    late = figures["overrun"]["overrun_share"]
-    if late > BOUND:
-        raise ValueError(
-            f"phases overran their nominal time by {late:.1%}, more than {BOUND:.0%}: the processors are"
-            " saturated and the figures not valid. Raise --slow-motion, lower sizes, or use a machine that"
-            " does nothing else."
-        )
+        figures = run_ranks(measure, config, plan)
+    Overrun(**figures.pop("_overrun")).check(options.max_overrun)
     stem = f"peers_{options.compute}" if options.link == "emulated" else f"peers_{options.link}"
     return Outcome(stem, f"{LINK[options.link]}; {COMPUTE[options.compute]}", figures, _table(figures))
+
+
+def _slow_motion_of(config: RunConfig, options: argparse.Namespace) -> float | None:
+    """None for real compute."""
+    if options.compute == "nominal":
+        return checked_slow_motion(options.slow_motion, config.num_processes)
+    if options.slow_motion is not None:
+        raise ValueError(
+            f"--slow-motion {options.slow_motion:g} with --compute real. Leave it out, or pass --compute"
+            " nominal."
+        )
+    return None
 
 
 def _check(config: RunConfig, options: argparse.Namespace) -> None:
@@ -89,11 +97,8 @@ def _check(config: RunConfig, options: argparse.Namespace) -> None:
             f" DualPipeV with at least {2 * parallel.pipeline}. Set schedule.name=dualpipev and raise"
             " schedule.num_microbatches."
         )
-    if not options.ratio > 0 or options.rounds < 1 or not options.slow_motion >= 1:
-        raise ValueError(
-            f"ratio={options.ratio} must be above 0, rounds={options.rounds} and slow_motion="
-            f"{options.slow_motion} at least 1."
-        )
+    if not options.ratio > 0 or options.rounds < 1:
+        raise ValueError(f"ratio={options.ratio} must be above 0 and rounds={options.rounds} at least 1.")
 
 
 def _table(figures: dict[str, Any]) -> str:
@@ -115,9 +120,7 @@ def _add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--routing", choices=("even", "untrained"), default="even", help="(even)")
     parser.add_argument("--ratio", type=float, default=1.0, help="all-to-all time over compute time (1)")
     parser.add_argument("--rounds", type=int, default=6, help="timed steps of every engine (6)")
-    parser.add_argument(
-        "--slow-motion", type=float, default=4.0, help="nominal over measured compute time (4)"
-    )
+    add_delay_options(parser)
 
 
 BENCH = Bench(

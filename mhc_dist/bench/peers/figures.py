@@ -40,5 +40,4 @@ def figures_of(measured: Mapping[str, Measured]) -> dict[str, Any]:
         "step_seconds": {name: median(one.seconds) for name, one in measured.items()},
         "peak_bytes": {name: one.peak_bytes for name, one in measured.items()},
         "rounds": len(measured[OURS].seconds),
-        "gradients_equal": True,
     }

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 from time import perf_counter
-from typing import Any, Literal
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -49,15 +50,13 @@ gradients, since some are sums that nearly cancel."""
 
 @dataclass(frozen=True)
 class Plan:
-    """What to measure. ratio: all-to-all over compute. slow_motion: nominal over measured time of compute.
-
-    network: namespaces to run in; None for an emulated link.
+    """What to measure. ratio: all-to-all over compute. slow_motion: nominal over measured time of compute,
+    None computes in real time. network: namespaces to run in; None for an emulated link.
     """
 
-    compute: Literal["real", "nominal"]
     ratio: float
     rounds: int
-    slow_motion: float
+    slow_motion: float | None
     routing: Rule
     network: ShapedNetwork | None = None
 
@@ -79,12 +78,11 @@ def measure(rank: int, store: str, config: RunConfig, plan: Plan, result: Path) 
     links = lower(schedule_of(config), own_shapes(config).chunks).links
     on_network = plan.network is not None
     cell = Cell.join(rank, store, config, links, plan.routing, on_network=on_network)
-    slow_motion = None if plan.compute == "real" else plan.slow_motion
-    settled = settle(cell, MODES, plan.ratio, slow_motion, plan.network)
+    settled = settle(cell, MODES, plan.ratio, plan.slow_motion, plan.network)
     link, payloads = settled.link, settled.payloads
     turns = _engines(plan, cell, settled)
     # Before time is emulated: all engines compute the same, and how much they hold meanwhile.
-    check_equal({name: turn.engine for name, turn in turns.items()})
+    differences = check_equal({name: turn.engine for name, turn in turns.items()})
     for turn in turns.values():
         turn.peak_bytes = _peak_bytes(turn.engine)
 
@@ -98,19 +96,20 @@ def measure(rank: int, store: str, config: RunConfig, plan: Plan, result: Path) 
         for name in order[shift:] + order[:shift]:
             turns[name].seconds.append(_timed(turns[name].engine))
 
+    everyones = cell.gather(differences)
     overruns = cell.gather({n: t.pace.overrun for n, t in turns.items() if isinstance(t.pace, Nominal)})
     overrun = {name: sum((of_rank[name] for of_rank in overruns), Overrun()) for name in overruns[0]}
     if rank == 0:
         figures = figures_of({name: Measured(t.seconds, t.peak_bytes) for name, t in turns.items()})
         figures |= {
-            "compute": plan.compute,
+            **_equality(everyones),
+            "compute": "real" if plan.slow_motion is None else "nominal",
             "link": "emulated" if plan.network is None else "veth, tbf",
             "routing": plan.routing,
             "all_to_all_to_compute_ratio": plan.ratio,
             "message_to_all_to_all_ratio": _message_share(config, settled.plain["none"], payloads, link),
-            "slow_motion": plan.slow_motion if plan.compute == "nominal" else None,
-            "overrun": sum(overrun.values(), Overrun()).figures(),
-            "overrun_share": {name: one.share for name, one in overrun.items()},
+            "slow_motion": plan.slow_motion,
+            **_overrun_figures(overrun),
             "link_bytes_per_second": link.bytes_per_second,
             "link_latency_seconds": link.latency_seconds,
             "pipeline": config.parallel.pipeline,
@@ -119,6 +118,13 @@ def measure(rank: int, store: str, config: RunConfig, plan: Plan, result: Path) 
         }
         result.write_text(json.dumps(figures))
     cell.leave()
+
+
+def _overrun_figures(overrun: Mapping[str, Overrun]) -> dict[str, Any]:
+    """By engine, and of all of them as one; nothing of compute in real time."""
+    total = sum(overrun.values(), Overrun())
+    by_engine = {"overrun_shares": {name: one.share for name, one in overrun.items()}}
+    return (total.figures() | by_engine if overrun else {}) | {"_overrun": asdict(total)}
 
 
 def _message_share(config: RunConfig, program: Program, payloads: Payloads, link: SlowLink) -> float:
@@ -130,7 +136,7 @@ def _message_share(config: RunConfig, program: Program, payloads: Payloads, link
 
 def _engines(plan: Plan, cell: Cell, settled: Settled) -> dict[str, _Turns]:
     def make_pace(mode: Mode = "none") -> Pace:
-        if plan.compute == "real":
+        if plan.slow_motion is None:
             return RealTime()
         pace = Nominal(settled.costs[mode])
         pace.running = False
@@ -140,7 +146,8 @@ def _engines(plan: Plan, cell: Cell, settled: Settled) -> dict[str, _Turns]:
     ours: tuple[tuple[str, Mode], ...] = ((OURS, "none"), (OURS_MHC, "mhc"))
     for name, mode in ours:
         config = with_recompute(cell.config, mode)
-        program = placed_program(config, machine_of(config), costs=settled.costs[mode])
+        costs = settled.costs[mode]
+        program = cell.made_by_rank_0(partial(placed_program, config, machine_of(config), costs=costs))
         pace = make_pace(mode)
         turns[name] = _Turns(Own(cell, pace, program, settled.stages[mode]), pace)
     peers: tuple[tuple[str, Any, bool], ...] = (
@@ -178,8 +185,20 @@ def _peak_bytes(engine: Engine) -> int:
     return int(largest)
 
 
-def check_equal(engines: Mapping[str, Engine]) -> None:
-    """Run every engine once; all losses and gradients must be those of the first.
+@dataclass(frozen=True)
+class Difference:
+    """Where an engine's results are furthest from the first one's, in terms of their size."""
+
+    what: str
+    share: float
+
+    @property
+    def is_rounding(self) -> bool:
+        return self.share <= TOLERANCE
+
+
+def check_equal(engines: Mapping[str, Engine]) -> dict[str, Difference]:
+    """Run every engine once; all losses and gradients must be those of the first. Returns how far they are.
 
     Raises RuntimeError that names the engine and what differs.
     """
@@ -187,6 +206,7 @@ def check_equal(engines: Mapping[str, Engine]) -> None:
     reference.forget_gradients()
     want_losses = [loss.detach() for loss in reference.step()]
     want = {name: gradient.clone() for name, gradient in reference.gradients().items()}
+    furthest: dict[str, Difference] = {}
     for name, engine in others:
         engine.forget_gradients()
         losses = [loss.detach() for loss in engine.step()]
@@ -196,14 +216,26 @@ def check_equal(engines: Mapping[str, Engine]) -> None:
                 f"{name} has other losses or gradients than {first}: {len(losses)} and {len(want_losses)}"
                 f" losses, gradients of one alone: {sorted(got.keys() ^ want.keys())}"
             )
-        found = _differences(losses, want_losses, got, want)
+        found = [Difference(*one) for one in _differences(losses, want_losses, got, want)]
         # A difference that is not a number is no smaller than any other.
-        worst, difference = max(found, key=lambda one: (not one[1] <= TOLERANCE, one[1]))
-        if not difference <= TOLERANCE:
+        worst = max(found, key=lambda one: (not one.is_rounding, one.share))
+        if not worst.is_rounding:
             raise RuntimeError(
-                f"{name} computes another {worst} than {first}: they differ by {difference:.2g} of its"
+                f"{name} computes another {worst.what} than {first}: they differ by {worst.share:.2g} of its"
                 f" size, more than {TOLERANCE:g}, so times say nothing."
             )
+        furthest[name] = worst
+    return furthest
+
+
+def _equality(everyones: Sequence[Mapping[str, Difference]]) -> dict[str, Any]:
+    """All ranks' differences as figures."""
+    shares = {name: max(of_rank[name].share for of_rank in everyones) for name in everyones[0]}
+    return {
+        "gradients_equal": bool(shares) and all(share <= TOLERANCE for share in shares.values()),
+        "largest_difference": shares,
+        "tolerance": TOLERANCE,
+    }
 
 
 def _differences(
