@@ -15,7 +15,11 @@ from mhc_dist.plan.machine import Machine
 
 
 def best_balance(config: RunConfig, machine: Machine, evaluation: Evaluation) -> Evaluation:
-    """The run's own boundaries or a balance by time: the fastest that fits, written into the layout."""
+    """The run's own boundaries or a balance by time: the fastest that fits, written into the layout.
+
+    evaluation: of a layout that leaves boundaries to the run.
+    """
+    assert evaluation.layout.boundaries is None
     own = tuple(partition(config, ranks_of(evaluation.layout)))
     best = replace(evaluation, layout=replace(evaluation.layout, boundaries=own))
     for boundaries in dict.fromkeys(balances(config, machine, best.layout)):

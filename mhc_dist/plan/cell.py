@@ -90,7 +90,7 @@ def _without(
     found = without(config, machine, best, measure)
     plain = cost.plain_in_same_layout
     if measure is Measure.OVERLAP:
-        plain = evaluate(plain_residual(config), machine, same_layout(best.layout), overlap=False)
+        plain = evaluate(plain_residual(config), machine, plain.layout, overlap=False)
     return {
         **_short(found.evaluation),
         "slower": found.slower,

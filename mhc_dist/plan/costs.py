@@ -12,21 +12,21 @@ from mhc_dist.pipeline.action import CHUNK_INPUT, PhaseShape
 from mhc_dist.pipeline.cost import CostTable, ExchangeCost, MessageCost, PhaseCost
 from mhc_dist.plan.charge import Charge
 from mhc_dist.plan.cluster import Link
+from mhc_dist.plan.connection_rows import connection_work, unfused_connection_work
 from mhc_dist.plan.kept import Ends, Kept, KeptModel, Seams, phase_bytes
 from mhc_dist.plan.layout import Layout, Shapes
 from mhc_dist.plan.machine import Machine
-from mhc_dist.plan.static_memory import gradient_seconds, static_by_rank
+from mhc_dist.plan.reduction import gradient_seconds
+from mhc_dist.plan.static_memory import MAIN_GRADIENT_BYTES, static_by_rank
 from mhc_dist.plan.work import (
     Work,
     attention_work,
-    connection_work,
     dense_work,
     experts_work,
     gathering_work,
     head_work,
     routing_work,
     shared_work,
-    unfused_connection_work,
 )
 
 SCORES_BACKWARD = 2.5
@@ -35,11 +35,20 @@ SCORES_BACKWARD = 2.5
 
 @dataclass(frozen=True, slots=True)
 class _Parts:
-    """What a phase consists of: seams at the chunk's start, between sublayers, at its end; and the rest."""
+    """What a phase consists of: seams at the chunk's start, between sublayers, at its end; and the rest.
+
+    spare: matrices that the rank has for one that a token meets: experts that others' tokens choose.
+    """
 
     seams: Seams
     work: Work
     kept: Kept
+    spare: float = 1.0
+
+    @property
+    def weights(self) -> float:
+        """Parameters of the rank's matrices; a token that meets one costs two operations."""
+        return self.work.linear / 2 * self.spare
 
 
 class CostModel:
@@ -82,7 +91,7 @@ class CostModel:
         return costs if self.calibration is None else self.calibration.apply(costs)
 
     def _phase(self, layout: Layout, place: ChunkPlace, shape: PhaseShape, charge: Charge) -> PhaseCost:
-        parts = self._parts(place, shape)
+        parts = self._parts(layout, place, shape)
         work = parts.work
         connection = (connection_work if charge.fused else unfused_connection_work)(self.config)
         timed = connection_work(plain_residual(self.config)) if not charge.kernels else connection
@@ -98,7 +107,9 @@ class CostModel:
         projection = self._matmul_seconds(timed.projection * crossings * tokens, layout)
         forward_values = tokens * (work.values + rows * width)
         backward_values = tokens * (2 * work.values + rows_backward * width)
-        linear = self._matmul_seconds(work.linear * tokens, layout)
+        matmul = self._matmul_seconds(work.linear * tokens, layout)
+        linear = max(matmul, self._value_seconds(parts.weights))
+        summing = 2 * MAIN_GRADIENT_BYTES * parts.weights / self._memory_rate
         scores = self._attention_seconds(work.scores * tokens, layout)
         forward = linear + scores + self._value_seconds(forward_values) + projection
         held = phase_bytes(
@@ -119,7 +130,7 @@ class CostModel:
             + SCORES_BACKWARD * scores
             + self._value_seconds(backward_values)
             + 2 * projection,
-            weight_gradient=linear if shape.has_weights else 0.0,
+            weight_gradient=max(matmul, summing) if shape.has_weights else 0.0,
             recompute=recompute,
             saved_bytes=round(tokens * held.saved),
             dropped_bytes=round(tokens * held.dropped),
@@ -131,13 +142,14 @@ class CostModel:
             gradient_left_bytes=round(tokens * held.gradients_left),
         )
 
-    def _parts(self, place: ChunkPlace, shape: PhaseShape) -> _Parts:
+    def _parts(self, layout: Layout, place: ChunkPlace, shape: PhaseShape) -> _Parts:
         """Which sublayers a phase of `parallel.chunk` runs."""
-        config = self.config
+        config, m = self.config, self.config.model
         kind, _, number = shape.name.partition(".")
         match kind:
             case "experts":
-                return _Parts(Seams(0, 0, 0), experts_work(config), self._kept.experts())
+                spare = m.num_experts / m.num_active_experts / layout.expert
+                return _Parts(Seams(0, 0, 0), experts_work(config), self._kept.experts(), spare)
             case "shared":
                 return _Parts(Seams(0, 0, 0), shared_work(config), self._kept.shared())
         experts_before = [k for k in expert_layers(config, place) if not number or k < int(number)]

@@ -12,9 +12,10 @@ parts add up to the whole exactly:
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from mhc_dist.config import RunConfig
+from mhc_dist.plan.boundaries import best_balance
 from mhc_dist.plan.charge import Charge
 from mhc_dist.plan.costs import plain_residual
 from mhc_dist.plan.evaluate import Evaluation, evaluate
@@ -25,7 +26,9 @@ from mhc_dist.plan.search import search
 
 @dataclass(frozen=True)
 class Overhead:
-    """Ratios of the plain residual's best step. `plain` is that step's evaluation."""
+    """Ratios of the plain residual's best step. `plain` is that step's evaluation; `plain_in_same_layout` has
+    the run's schedule, ranks and microbatches, cut where either is fastest.
+    """
 
     ratio: float
     breakdown: dict[str, float]
@@ -48,7 +51,7 @@ def overhead(config: RunConfig, machine: Machine, num_devices: int, chosen: Eval
     """Compare `chosen` (of `config`) with the plain residual on the same devices."""
     plain_config = plain_residual(config)
     layout = chosen.layout
-    in_layout = evaluate(plain_config, machine, same_layout(layout))
+    in_layout = fastest_cut(plain_config, machine, same_layout(layout))
     searched = search(plain_config, machine, num_devices).best[0]
     best_plain = min(searched, in_layout, key=lambda e: e.step_seconds)
     steps = [
@@ -65,6 +68,16 @@ def overhead(config: RunConfig, machine: Machine, num_devices: int, chosen: Eval
     breakdown["memory_forced"] = 0.0 if fits else moved
     breakdown["layout"] = moved if fits else 0.0
     return Overhead((chosen.step_seconds - base) / base, breakdown, best_plain, in_layout)
+
+
+def fastest_cut(config: RunConfig, machine: Machine, layout: Layout) -> Evaluation:
+    """`layout` as it is cut, or as suits `config` itself: boundaries that were sought for another run favour
+    that one.
+    """
+    given = evaluate(config, machine, layout)
+    own = best_balance(config, machine, evaluate(config, machine, replace(layout, boundaries=None)))
+    faster = own.step_seconds < given.step_seconds and own.peak_bytes <= machine.memory_budget
+    return own if faster else given
 
 
 def _fits(config: RunConfig, machine: Machine, layout: Layout) -> bool:

@@ -32,9 +32,13 @@ ASSUMPTIONS = (
     "each row travels to every expert it is meant for, also to two on one rank",
     "an exchange or a transfer keeps its lane to itself; node and network lanes are independent",
     "element-wise steps are fused: each reads its inputs and writes its outputs once",
-    "connections use seam-fused kernels: 3n+2 rows forward, 5n+4 backward, n+2 recomputed, per token and"
-    " sublayer",
-    "gradients are reduced and weights gathered after the last weight gradient, not under it",
+    "connections use seam-fused kernels and move what is counted of them: 3n+2 rows of streams forward, 4n+4"
+    " backward, n+2 recomputed, per token and sublayer, and coefficients and partial sums beside them",
+    "the plain residual adds and normalises in one pass: 4 rows forward, 4 backward",
+    "matrices take as long as their operations or, if that is longer, as reading them and adding to their"
+    " fp32 gradients does",
+    "gradients are reduced and weights gathered after the last weight gradient, not under it; between nodes"
+    " every member of a group has a network port of its own",
     "the optimizer's own arithmetic, kernel launches and data loading are not counted",
 )
 

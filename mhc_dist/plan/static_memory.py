@@ -1,4 +1,4 @@
-"""Bytes a rank holds through the whole step, and the time to reduce its gradients. Imports no torch."""
+"""Bytes a rank holds through the whole step. Imports no torch."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from mhc_dist.config import RunConfig
 from mhc_dist.model.count import count_parameters
 from mhc_dist.parallel.layout import ChunkPlace
-from mhc_dist.plan.cluster import Cluster
 from mhc_dist.plan.layout import Layout, Shapes
 
 MAIN_GRADIENT_BYTES = 4
@@ -82,18 +81,3 @@ def static_by_rank(
         )
         for held in held_by_rank(config, layout, shapes, chunk_rank)
     ]
-
-
-def gradient_seconds(
-    config: RunConfig, cluster: Cluster, layout: Layout, shapes: Shapes, chunk_rank: tuple[int, ...]
-) -> float:
-    """Reduce-scatter of fp32 gradients and all-gather of weights on the slowest rank, after the last W."""
-    weight = 2 if config.train.precision == "bf16" else 4
-    outside = layout.num_devices > cluster.devices_per_node
-    link = cluster.network_link if outside else cluster.node_link
-    replicas = layout.data // layout.expert
-    slowest = 0.0
-    for held in held_by_rank(config, layout, shapes, chunk_rank):
-        moved = held.shared * (layout.data - 1) / layout.data + held.experts * (replicas - 1) / replicas
-        slowest = max(slowest, moved * (MAIN_GRADIENT_BYTES + weight) / link.bytes_per_second.value)
-    return slowest

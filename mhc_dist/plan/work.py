@@ -6,11 +6,10 @@ traffic assumes each fused step reads its inputs and writes its outputs once.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from mhc_dist.config import RunConfig
-from mhc_dist.config_sections import ModelConfig, ResidualKind
-from mhc_dist.model.coefficients import num_projected
+from mhc_dist.config_sections import ModelConfig
 from mhc_dist.model.count import dense_width
 
 
@@ -94,65 +93,4 @@ def head_work(config: RunConfig) -> Work:
     return Work(
         linear=2.0 * m.hidden_size * m.vocab_size,
         values=3.0 * m.vocab_size,
-    )
-
-
-@dataclass(frozen=True, slots=True)
-class ConnectionWork:
-    """Rows C per token that one sublayer's connection moves, and operations of its projection.
-
-    recompute: rows moved to bring back what a recomputing block dropped.
-    """
-
-    enter: float
-    cross: float
-    leave: float
-    enter_backward: float
-    cross_backward: float
-    leave_backward: float
-    recompute: float
-    projection: float
-
-
-def connection_work(config: RunConfig) -> ConnectionWork:
-    """Seam-fused kernels, two passes over the streams: 3n+2 rows forward, 5n+4 backward, n+2 recompute.
-
-    `enter` and `leave` are the half seams at the ends of a chunk. For the plain residual: one pass that adds
-    and normalises.
-    """
-    n = config.residual.num_streams
-    if config.residual.kind is ResidualKind.RESIDUAL:
-        return ConnectionWork(2, 4, 3, 4, 5, 3, 0, 0.0)
-    coefficients = num_projected(config.residual)
-    return ConnectionWork(
-        enter=2 * n + 1,
-        cross=3 * n + 2,
-        leave=2 * n + 1,
-        enter_backward=4 * n + 2,
-        cross_backward=5 * n + 4,
-        leave_backward=3 * n + 2,
-        recompute=n + 2,
-        projection=2.0 * n * config.model.hidden_size * coefficients,
-    )
-
-
-def unfused_connection_work(config: RunConfig) -> ConnectionWork:
-    """The same operation by operation: 5n+1 rows read and 3n+1 written forward (mHC paper, table 2). The
-    backward is taken as twice that, as for other element-wise steps; recompute repeats the sum over streams
-    and the norm.
-    """
-    n = config.residual.num_streams
-    fused = connection_work(config)
-    if config.residual.kind is ResidualKind.RESIDUAL:
-        return fused
-    forward = (5 * n + 1) + (3 * n + 1)
-    return replace(
-        fused,
-        enter=forward / 2,
-        cross=forward,
-        leave=forward / 2,
-        enter_backward=forward,
-        cross_backward=2 * forward,
-        leave_backward=forward,
-        recompute=3 * n + 2,
     )
