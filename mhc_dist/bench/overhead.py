@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import argparse
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict
 from statistics import median
 from time import perf_counter, process_time
@@ -163,17 +163,26 @@ def run(config: RunConfig, backends: Sequence[str], rounds: int) -> dict[str, An
 
 
 def _breakdown(ours: _Variant, base: _Variant) -> Parts:
-    """Difference of every part of a step, as a share of the plain residual's step; medians over rounds.
+    """Difference of every part of a step, as a share of the plain residual's step.
 
-    Parts with a phase add up to the part without; the parts without, nearly, to the overhead.
+    Means over the half of the rounds whose ratio is nearest to the median, so that parts add up: those with a
+    phase to the part without, and those, but for what is no computation, to the overhead.
     """
+    rounds = middle_half([a / b for a, b in zip(ours.seconds, base.seconds, strict=True)])
     names = sorted({name for parts in (*ours.parts, *base.parts) for name in parts if _is_compute(name)})
+    whole = sum(base.seconds[turn] for turn in rounds)
+    return {
+        name: sum(ours.parts[turn].get(name, 0.0) - base.parts[turn].get(name, 0.0) for turn in rounds)
+        / whole
+        for name in names
+    }
 
-    def share(name: str) -> float:
-        pairs: zip[tuple[Mapping[str, float], Mapping[str, float]]] = zip(ours.parts, base.parts, strict=True)
-        return median(a.get(name, 0.0) - b.get(name, 0.0) for a, b in pairs) / median(base.seconds)
 
-    return {name: share(name) for name in names}
+def middle_half(ratios: Sequence[float]) -> list[int]:
+    """Positions of the half nearest to the median, one at least."""
+    middle = median(ratios)
+    nearest = sorted(range(len(ratios)), key=lambda turn: abs(ratios[turn] - middle))
+    return nearest[: (len(ratios) + 1) // 2]
 
 
 def _is_compute(name: str) -> bool:
@@ -182,7 +191,12 @@ def _is_compute(name: str) -> bool:
 
 def _add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--backends", nargs="+", default=["cpu"], metavar="NAME", help="(cpu)")
-    parser.add_argument("--rounds", type=int, default=9, help="timed steps of every variant (9)")
+    parser.add_argument(
+        "--rounds",
+        type=int,
+        default=9,
+        help="timed steps of every variant; the interval narrows with their square root (9)",
+    )
 
 
 def _table(figures: dict[str, Any]) -> str:

@@ -132,10 +132,11 @@ def _prepare(cell: Cell, config: RunConfig, plain: Program, plan: Plan, compute:
     link = link_for(on_host, payloads, plain, plan.ratio)
     costs = on_link(on_host, payloads, link, message_bytes(config))
     nominal = None if plan.slow_motion is None else costs
+    cell.runner(stage, plain).step()  # pays for what is allocated once, as fast as it can
     runner = cell.runner(stage, plain, nominal, link)
-    runner.step()  # pays for what is allocated once
     costs = calibrated_by(cell, costs, [runner.step()[1].events], in_delay_mode=runner.in_delay_mode)
     program = cell.made_by_rank_0(lambda: placed_program(config, machine_of(config), costs=costs))
+    cell.runner(stage, program).step()
     return _Case(runner, cell.runner(stage, program, nominal, link), costs)
 
 
@@ -144,7 +145,6 @@ def _row(cell: Cell, name: CaseName, case: _Case, plan: Plan) -> Row:
     plain_steps: list[list[Event]] = []
     seconds: list[float] = []
     equality, overrun = Equality(), Overrun()
-    case.placed.step()
     for _ in range(plan.rounds):
         plain_trace = case.plain.step()[1]
         plain_steps.append(plain_trace.events)
