@@ -1,4 +1,5 @@
-"""Seams do not depend on what happens to be current: the GPU that is selected, an autocast region."""
+"""Seams do not depend on what happens to be current: the GPU that is selected, an autocast region. The one
+thing that they cannot do without, a backward that nobody differentiates, is asked for."""
 
 from __future__ import annotations
 
@@ -35,5 +36,21 @@ def without_autocast(function: Callable[..., Any]) -> Callable[..., Any]:
             return function(*args, **kwargs)
         with torch.autocast(kind, enabled=False):
             return function(*args, **kwargs)
+
+    return call
+
+
+def without_second_derivatives(backward: Callable[..., Any]) -> Callable[..., Any]:
+    """A backward by hand has no backward of its own. Autograd's grad mode tells when one is wanted. (torch's
+    `once_differentiable` complains when somebody gets there, and is silent when asked for the gradients of
+    inputs that are reached by another way too.)"""
+
+    @functools.wraps(backward)
+    def call(*args: Any) -> Any:
+        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+            raise ValueError(
+                "create_graph=True: a seam has no second derivatives but with kernel backend `reference`"
+            )
+        return backward(*args)
 
     return call

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_map_only
 
 from mhc_kernels import token_last, whole_tensor
-from mhc_kernels.seam_function import InputGradients, SeamForward, SeamGradients, Update
+from mhc_kernels.seam_function import InputGradients, SeamForward, SeamGradients, SeamSaved, Update
 from mhc_kernels.spec import Connection, Kept, Regenerated
 
 
@@ -69,18 +69,18 @@ class CompiledOperations:
         update: Update | None,
         connection: Connection,
         carried_pre_TN: Tensor | None,
-        forward: SeamForward,
+        saved: SeamSaved,
         gradients: SeamGradients,
     ) -> InputGradients:
         spec = connection.spec
         _, num_streams, channels = streams_TNC.shape
-        pre_TN = forward.pre_TN if carried_pre_TN is None else carried_pre_TN
+        pre_TN = saved.pre_TN if carried_pre_TN is None else carried_pre_TN
         d_u_TC, d_used_pre_TN, d_gain_C = self._collapse_and_norm_backward(
-            forward.streams_TNC, pre_TN, forward.rstd_T, connection.gain_C, gradients.h_TC
+            saved.streams_TNC, pre_TN, saved.rstd_T, connection.gain_C, gradients.h_TC
         )
         routed = token_last.route_pre_gradient(d_used_pre_TN, gradients.pre_TN, carried_pre_TN is not None)
         coefficients = token_last.coefficients_backward(
-            forward.mix_TM,
+            saved.mix_TM,
             connection.alpha_3,
             connection.bias_M,
             spec,
@@ -89,11 +89,11 @@ class CompiledOperations:
             gradients.res_TNN,
         )
         projection = token_last.projection_gradient(
-            coefficients.mix_TM, forward.mix_TM, forward.projection_rstd_T, num_streams * channels
+            coefficients.mix_TM, saved.mix_TM, saved.projection_rstd_T, num_streams * channels
         )
         total_TNC, d_phi_MD = self._total_gradient(
             gradients.streams_TNC,
-            forward.streams_TNC,
+            saved.streams_TNC,
             pre_TN,
             d_u_TC,
             projection.projection_TM,

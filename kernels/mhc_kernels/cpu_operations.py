@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from mhc_kernels import token_last
-from mhc_kernels.seam_function import InputGradients, SeamForward, SeamGradients, Update
+from mhc_kernels.seam_function import InputGradients, SeamForward, SeamGradients, SeamSaved, Update
 from mhc_kernels.spec import Connection, Kept, Regenerated, coefficient_dtype
 
 BLOCK_BYTES = 2 << 20
@@ -60,13 +60,13 @@ class CpuOperations:
         update: Update | None,
         connection: Connection,
         carried_pre_TN: Tensor | None,
-        forward: SeamForward,
+        saved: SeamSaved,
         gradients: SeamGradients,
     ) -> InputGradients:
         spec = connection.spec
         exact = coefficient_dtype(streams_TNC.dtype)
         num_tokens, num_streams, channels = streams_TNC.shape
-        pre_TN = forward.pre_TN if carried_pre_TN is None else carried_pre_TN
+        pre_TN = saved.pre_TN if carried_pre_TN is None else carried_pre_TN
         gain_C = connection.gain_C.to(exact)
 
         # RMSNorm and collapse: the gradient of u, and from it the gradient of the H_pre that was used.
@@ -74,9 +74,9 @@ class CpuOperations:
         d_used_pre_TN = torch.empty_like(pre_TN)
         d_gain_C = torch.zeros(channels, dtype=exact)
         for block in _blocks(streams_TNC):
-            x_BNC = forward.streams_TNC[block].to(exact)
-            rstd_B1 = forward.rstd_T[block].unsqueeze(1)
-            unit_BC = _collapse_block(forward.streams_TNC, pre_TN, block).mul_(rstd_B1)
+            x_BNC = saved.streams_TNC[block].to(exact)
+            rstd_B1 = saved.rstd_T[block].unsqueeze(1)
+            unit_BC = _collapse_block(saved.streams_TNC, pre_TN, block).mul_(rstd_B1)
             d_h_BC = gradients.h_TC[block].to(exact)
             d_u_BC = torch.mul(d_h_BC, gain_C, out=d_u_TC[block])
             d_gain_C += torch.mul(d_h_BC, unit_BC).sum(0)
@@ -87,7 +87,7 @@ class CpuOperations:
         # Coefficients: from the gradients of H_pre, H_post, H_res back to the projection.
         routed = token_last.route_pre_gradient(d_used_pre_TN, gradients.pre_TN, carried_pre_TN is not None)
         coefficients = token_last.coefficients_backward(
-            forward.mix_TM,
+            saved.mix_TM,
             connection.alpha_3,
             connection.bias_M,
             spec,
@@ -96,7 +96,7 @@ class CpuOperations:
             gradients.res_TNN,
         )
         d_projection_TM, shrink_T = token_last.projection_gradient(
-            coefficients.mix_TM, forward.mix_TM, forward.projection_rstd_T, num_streams * channels
+            coefficients.mix_TM, saved.mix_TM, saved.projection_rstd_T, num_streams * channels
         )
 
         # Streams: total gradient of x', then through the update to x, y and sublayer l's coefficients.
@@ -104,7 +104,7 @@ class CpuOperations:
         d_streams_TNC = torch.empty_like(streams_TNC)
         d_update = None if update is None else _EmptyUpdateGradients(update)
         for block in _blocks(streams_TNC):
-            x_BNC = forward.streams_TNC[block].to(exact)
+            x_BNC = saved.streams_TNC[block].to(exact)
             total_BNC = torch.addmm(
                 gradients.streams_TNC[block].flatten(1).to(exact), d_projection_TM[block], connection.phi_MD
             ).view_as(x_BNC)

@@ -162,7 +162,7 @@ def seam_launches(
             forward = seam_forward(x, tail, connection, carried)
             gradients = SeamGradients(x, y, carried, post, forward.res_TNN)
             for chunk_tokens in (0, CHUNK_MULTIPLE):
-                seam_backward(x, tail, connection, carried, forward, gradients, chunk_tokens)
+                seam_backward(x, tail, connection, carried, forward.saved, gradients, chunk_tokens)
         update_forward(x, update)
         update_backward(x, update, x)
         collapse_forward(x, post)

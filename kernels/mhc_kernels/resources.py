@@ -4,7 +4,7 @@ Each kernel is compiled offline exactly as launch/ launches it at the checked-in
 shared memory come from the compiler, the rest from the disassembly:
 
 spills        loads and stores of local memory (LDL, STL; scratch accesses on AMD) plus bytes of stack
-atomics       instructions that modify global memory atomically (RED, ATOM, ATOMG; global_atomic and kin).
+atomics       instructions that modify global memory atomically (REDG, ATOMG and kin; global_atomic and kin).
               Shared-memory ATOMS, by which the compiler hands out tensor memory, are not among them.
 vector_bytes  width of the accesses to streams: the narrowest global access that is not of 4 bytes (those are
               single coefficients); 16 is the hardware's 128 bits. `accesses` counts every width.
@@ -40,6 +40,9 @@ SHARED_LIMIT = {"sm_90": 227 << 10, "sm_100": 227 << 10, "gfx942": 64 << 10}
 """Bytes of shared memory that one program can have, from the vendors' tables."""
 TENSOR_MEMORY_LIMIT = 512
 """Columns of tensor memory. With more, the compiler makes a kernel that does nothing but trap."""
+NVIDIA_ATOMIC = re.compile(r"\b(?:U?REDG?|U?ATOMG?|UBLKRED)\.")
+"""Without a result (RED; from Hopper on REDG; of bulk copies UBLKRED) and with one (ATOM, ATOMG)."""
+AMD_ATOMIC = re.compile(r"\b(?:global|buffer|flat)_atomic")
 NVIDIA_TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 
 
@@ -103,7 +106,7 @@ def nvidia_resources(launched: RecordedLaunch, channels: int, compiled: Any) -> 
         registers,
         int(compiled.metadata.shared),
         stack + len(re.findall(r"\b(?:LDL|STL)\b", sass)),
-        len(re.findall(r"\b(?:RED|ATOM|ATOMG)\.", sass)),
+        len(NVIDIA_ATOMIC.findall(sass)),
         _stream_width([_nvidia_width(instruction) for instruction in accesses]),
         dict(sorted(accesses.items())),
         int(compiled.metadata.tmem_size),
@@ -149,7 +152,7 @@ def amd_resources(launched: RecordedLaunch, channels: int, compiled: Any) -> Ker
         int(_search(r"\.vgpr_count:\s*(\d+)", assembly)),
         int(compiled.metadata.shared),
         spilled + len(re.findall(r"\bscratch_(?:load|store)", assembly)),
-        len(re.findall(r"\b(?:global|buffer|flat)_atomic", assembly)),
+        len(AMD_ATOMIC.findall(assembly)),
         _stream_width([width(instruction) for instruction in accesses]),
         dict(sorted(accesses.items())),
     )

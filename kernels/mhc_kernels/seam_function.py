@@ -3,6 +3,7 @@
 A seam's backward receives the gradient of the streams it produced from the *next* seam alone and returns the
 gradient of the streams it read: no gradients of (T, n, C) size are ever added by autograd. Everything that
 backward reads goes through `save_for_backward`, so saved-tensor hooks can drop tensors and supply them again.
+A backward by hand has no backward of its own: asking for second derivatives is an error.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from mhc_kernels.ambient import without_autocast
+from mhc_kernels.ambient import without_autocast, without_second_derivatives
 from mhc_kernels.spec import Connection, ConnectionSpec, Seam
 
 
@@ -32,6 +33,21 @@ class SeamForward(NamedTuple):
     pre_TN: Tensor
     post_TN: Tensor
     res_TNN: Tensor | None
+    mix_TM: Tensor
+    projection_rstd_T: Tensor
+    rstd_T: Tensor
+
+    @property
+    def saved(self) -> SeamSaved:
+        return SeamSaved(self.streams_TNC, self.pre_TN, self.mix_TM, self.projection_rstd_T, self.rstd_T)
+
+
+class SeamSaved(NamedTuple):
+    """What a backward reads of its forward's results. Neither h nor the collapsed streams are among it, and
+    H_post and H_res are formed again where their gradients need them."""
+
+    streams_TNC: Tensor
+    pre_TN: Tensor
     mix_TM: Tensor
     projection_rstd_T: Tensor
     rstd_T: Tensor
@@ -78,7 +94,7 @@ class SeamOperations(Protocol):
         update: Update | None,
         connection: Connection,
         carried_pre_TN: Tensor | None,
-        forward: SeamForward,
+        saved: SeamSaved,
         gradients: SeamGradients,
     ) -> InputGradients: ...
 
@@ -119,7 +135,9 @@ class SeamFunction(torch.autograd.Function):
         result = operations.seam_forward(streams_TNC, update, connection, carried_pre_TN)
         ctx.operations, ctx.spec = operations, spec
         ctx.save_for_backward(
-            streams_TNC, y_TC, post_TN, res_TNN, carried_pre_TN, phi_MD, alpha_3, bias_M, gain_C, *result
+            *(streams_TNC, y_TC, post_TN, res_TNN, carried_pre_TN),
+            *(phi_MD, alpha_3, bias_M, gain_C),
+            *result.saved,
         )
         ctx.mark_non_differentiable(result.rstd_T)
         if not spec.shifted_pre:
@@ -127,10 +145,11 @@ class SeamFunction(torch.autograd.Function):
         return result.streams_TNC, result.h_TC, result.post_TN, result.res_TNN, result.pre_TN, result.rstd_T
 
     @staticmethod
+    @without_second_derivatives
     @without_autocast
     def backward(ctx: Any, *grads: Any) -> Any:
         d_streams_TNC, d_h_TC, d_post_TN, d_res_TNN, d_pre_TN, _ = grads
-        streams_TNC, y_TC, post_TN, res_TNN, carried_pre_TN, phi_MD, alpha_3, bias_M, gain_C, *result = (
+        streams_TNC, y_TC, post_TN, res_TNN, carried_pre_TN, phi_MD, alpha_3, bias_M, gain_C, *saved = (
             ctx.saved_tensors
         )
         spec: ConnectionSpec = ctx.spec
@@ -139,7 +158,7 @@ class SeamFunction(torch.autograd.Function):
             _update(y_TC, post_TN, res_TNN),
             Connection(phi_MD, alpha_3, bias_M, gain_C, spec),
             carried_pre_TN,
-            SeamForward(*result),
+            SeamSaved(*saved),
             SeamGradients(
                 d_streams_TNC.contiguous(),
                 d_h_TC.contiguous(),
@@ -169,6 +188,7 @@ class UpdateFunction(torch.autograd.Function):
         return operations.update_forward(streams_TNC, Update(y_TC, post_TN, res_TNN))
 
     @staticmethod
+    @without_second_derivatives
     @without_autocast
     def backward(ctx: Any, *grads: Any) -> Any:
         streams_TNC, y_TC, post_TN, res_TNN = ctx.saved_tensors
@@ -189,6 +209,7 @@ class CollapseFunction(torch.autograd.Function):
         return operations.collapse_forward(streams_TNC, pre_TN)
 
     @staticmethod
+    @without_second_derivatives
     @without_autocast
     def backward(ctx: Any, *grads: Any) -> Any:
         streams_TNC, pre_TN = ctx.saved_tensors

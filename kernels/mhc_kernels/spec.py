@@ -5,6 +5,8 @@ Shape letters: T tokens, N streams, C model width, D = N*C, M mixing coefficient
 
 from __future__ import annotations
 
+import dataclasses
+import json
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -47,6 +49,9 @@ class ConnectionSpec:
     projection_norm_eps: float = 1e-20
     sublayer_norm_eps: float = 1e-20
     shifted_pre: bool = False
+    encoded: str = dataclasses.field(init=False, repr=False, compare=False)
+    """The fields above as text, for operations that take tensors and plain values only. Written once, because
+    a compiler that traces through a seam can read a string but cannot make this one."""
 
     def __post_init__(self) -> None:
         if self.num_streams not in SUPPORTED_STREAMS:
@@ -66,6 +71,15 @@ class ConnectionSpec:
             value = getattr(self, name)
             if not (math.isfinite(value) and value >= 0.0):
                 raise ValueError(f"{name}={value}: a finite number >= 0 is needed")
+
+        given = {field.name: getattr(self, field.name) for field in dataclasses.fields(self) if field.init}
+        object.__setattr__(self, "encoded", json.dumps(given))
+
+    @classmethod
+    def decoded(cls, encoded: str) -> ConnectionSpec:
+        """The inverse of `encoded`."""
+        given = json.loads(encoded)
+        return cls(**given | {"mixing": Mixing(given["mixing"])})
 
     @property
     def num_res_coefficients(self) -> int:

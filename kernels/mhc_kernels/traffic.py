@@ -124,7 +124,7 @@ class Sublayer:
 
     def run_backward(self, chunk_tokens: int = 0) -> None:
         seam_backward(
-            *(self.streams, self.update, self.connection, self.carried, self.forward, self.gradients),
+            *(self.streams, self.update, self.connection, self.carried, self.forward.saved, self.gradients),
             chunk_tokens,
         )
 

@@ -8,9 +8,7 @@ returns fresh tensors, so optional tensors travel as empty ones.
 from __future__ import annotations
 
 import functools
-import json
 from collections.abc import Sequence
-from dataclasses import asdict
 from typing import Any
 
 import torch
@@ -20,21 +18,11 @@ from mhc_kernels import tiles
 from mhc_kernels.launch import backward, ends, forward, recompute
 from mhc_kernels.launch.architecture import device_architecture
 from mhc_kernels.offline import interpreting
-from mhc_kernels.seam_function import InputGradients, SeamForward, SeamGradients, Update
+from mhc_kernels.seam_function import InputGradients, SeamForward, SeamGradients, SeamSaved, Update
 from mhc_kernels.spec import Connection, ConnectionSpec, Kept, Mixing, Regenerated
 from mhc_kernels.tiles import ARCHITECTURES
 
-
-@functools.cache
-def encoded(spec: ConnectionSpec) -> str:
-    """The specification as an operation's argument; `_decoded` is the inverse."""
-    return json.dumps(asdict(spec))
-
-
-@functools.cache
-def _decoded(text: str) -> ConnectionSpec:
-    fields = json.loads(text)
-    return ConnectionSpec(**fields | {"mixing": Mixing(fields["mixing"])})
+_decoded = functools.cache(ConnectionSpec.decoded)
 
 
 def _update(y_TC: Tensor | None, post_TN: Tensor | None, res_TNN: Tensor | None) -> Update | None:
@@ -43,6 +31,12 @@ def _update(y_TC: Tensor | None, post_TN: Tensor | None, res_TNN: Tensor | None)
 
 def _empty(like: Tensor) -> Tensor:
     return like.new_empty(0)
+
+
+def _results_like(inputs: Sequence[Tensor | None], like: Tensor) -> list[Tensor]:
+    """What the fake kernels promise of gradients: contiguous, whatever the strides of the inputs; empty for
+    those that are absent."""
+    return [_empty(like) if i is None else i.new_empty(i.shape) for i in inputs]
 
 
 def _all_present(gradients: Sequence[Tensor | None], like: Tensor) -> list[Tensor]:
@@ -105,7 +99,7 @@ def seam_backward(
     alpha_3: Tensor,
     bias_M: Tensor,
     gain_C: Tensor,
-    forward: Sequence[Tensor],
+    saved: Sequence[Tensor],
     d_streams_TNC: Tensor,
     d_h_TC: Tensor,
     d_pre_TN: Tensor | None,
@@ -114,15 +108,18 @@ def seam_backward(
     spec: str,
     chunk_tokens: int,
 ) -> list[Tensor]:
-    """Gradients of streams, y, post, res, carried pre, phi, alpha, bias, gain; empty without an input."""
-    x_TNC, h_TC, pre, post, res, mix, rstd_x, rstd_h = forward
+    """Gradients of streams, y, post, res, carried pre, phi, alpha, bias, gain; empty without an input.
+
+    `saved` are the fields of SeamSaved; x' is empty without an update, where the streams are x'.
+    """
+    x_TNC, *others = saved
     x_TNC = streams_TNC if y_TC is None else x_TNC
     gradients = backward.seam_backward(
         streams_TNC,
         _update(y_TC, post_TN, res_TNN),
         Connection(phi_MD, alpha_3, bias_M, gain_C, _decoded(spec)),
         carried_pre_TN,
-        SeamForward(x_TNC, h_TC, pre, post, _or_none(res), mix, rstd_x, rstd_h),
+        SeamSaved(x_TNC, *others),
         SeamGradients(d_streams_TNC, d_h_TC, d_pre_TN, d_post_TN, d_res_TNN),
         chunk_tokens,
     )
@@ -131,8 +128,7 @@ def seam_backward(
 
 @seam_backward.register_fake
 def _(*arguments: Any) -> list[Tensor]:
-    inputs, phi_MD = arguments[:9], arguments[5]
-    return [_empty(phi_MD) if i is None else torch.empty_like(i) for i in inputs]
+    return _results_like(arguments[:9], like=arguments[5])
 
 
 @torch.library.custom_op("mhc_kernels::update_forward", mutates_args=())
@@ -157,9 +153,7 @@ def update_backward(
 def _(
     streams_TNC: Tensor, y_TC: Tensor, post_TN: Tensor, res_TNN: Tensor | None, gradient_TNC: Tensor
 ) -> list[Tensor]:
-    return [
-        _empty(post_TN) if i is None else torch.empty_like(i) for i in (streams_TNC, y_TC, post_TN, res_TNN)
-    ]
+    return _results_like((streams_TNC, y_TC, post_TN, res_TNN), like=post_TN)
 
 
 @torch.library.custom_op("mhc_kernels::collapse_forward", mutates_args=())
@@ -179,7 +173,7 @@ def collapse_backward(streams_TNC: Tensor, pre_TN: Tensor, gradient_TC: Tensor) 
 
 @collapse_backward.register_fake
 def _(streams_TNC: Tensor, pre_TN: Tensor, gradient_TC: Tensor) -> list[Tensor]:
-    return [torch.empty_like(streams_TNC), torch.empty_like(pre_TN)]
+    return _results_like((streams_TNC, pre_TN), like=pre_TN)
 
 
 @torch.library.custom_op("mhc_kernels::recompute_block", mutates_args=())
@@ -240,7 +234,7 @@ class TritonOperations:
             *tail,
             carried_pre_TN,
             *connection[:4],
-            encoded(connection.spec),
+            connection.spec.encoded,
             self._chunk_tokens(streams_TNC),
         )
         x_TNC = streams_TNC if update is None else x_TNC
@@ -252,20 +246,19 @@ class TritonOperations:
         update: Update | None,
         connection: Connection,
         carried_pre_TN: Tensor | None,
-        forward: SeamForward,
+        saved: SeamSaved,
         gradients: SeamGradients,
     ) -> InputGradients:
         tail = update or (None, None, None)
-        x_TNC = _empty(streams_TNC) if update is None else forward.streams_TNC
-        res = _empty(connection.phi_MD) if forward.res_TNN is None else forward.res_TNN
+        x_TNC = _empty(streams_TNC) if update is None else saved.streams_TNC
         d_streams, d_y, d_post, d_res, d_carried, *parameters = seam_backward(
             streams_TNC,
             *tail,
             carried_pre_TN,
             *connection[:4],
-            [x_TNC, *forward[1:4], res, *forward[5:]],
+            [x_TNC, *saved[1:]],
             *gradients,
-            encoded(connection.spec),
+            connection.spec.encoded,
             self._chunk_tokens(streams_TNC),
         )
         return InputGradients(

@@ -10,7 +10,8 @@ Addresses: a scalar 64-bit base (the tile's first token) plus 32-bit offsets wit
 from the base. Tiles of 64-bit addresses would cost two registers per element and tensor.
 
 `mixed_stream` and `scaled_input` are the only places where x' and h are computed. Forward, backward and
-recompute call them with the same operands in the same order, which is what makes recompute bit-equal.
+recompute call them with the same operands in the same order, which is what makes recompute bit-equal. Their
+sums are fused multiply-adds in so many words: which products a compiler fuses could differ between kernels.
 """
 
 import triton
@@ -52,12 +53,12 @@ def load_tile_again(pointers, mask):
 @triton.jit
 def mixed_stream(o: tl.constexpr, xs, y, post, res, N: tl.constexpr, MIXED: tl.constexpr):
     """x'[o] = post[o] y + sum_i res[o, i] x[i], (BT, BC) fp32 before rounding. Not MIXED: H_res = I."""
-    total = post[o][:, None] * y
     if MIXED:
+        total = post[o][:, None] * y
         for i in tl.static_range(N):
-            total += res[o * N + i][:, None] * xs[i]
+            total = tl.fma(res[o * N + i][:, None], xs[i], total)
     else:
-        total += xs[o]
+        total = tl.fma(post[o][:, None], y, xs[o])
     return total
 
 
@@ -66,7 +67,7 @@ def collapsed(xs, pre, N: tl.constexpr):
     """u = sum_i pre[i] x[i], (BT, BC) fp32."""
     total = pre[0][:, None] * xs[0]
     for i in tl.static_range(1, N):
-        total += pre[i][:, None] * xs[i]
+        total = tl.fma(pre[i][:, None], xs[i], total)
     return total
 
 

@@ -133,10 +133,8 @@ def mix_pre_kernel(
         pre_i = tl.sum(tl.where(n_index[None, :] == i, used, 0.0), axis=1)
         offsets = rows[:, None] * (N * C) + i * C + cols[None, :]
         x_i = tl.load(x_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
-        if i == 0:
-            u = pre_i[:, None] * x_i
-        else:
-            u += pre_i[:, None] * x_i
+        # As `collapsed`, which recompute uses.
+        u = pre_i[:, None] * x_i if i == 0 else tl.fma(pre_i[:, None], x_i, u)
     rstd_h = tl.rsqrt(tl.sum(u * u, axis=1) / C + norm_eps)
     tl.store(rstd_h_ptr + rows, rstd_h, mask=row_ok)
     gain = tl.load(gain_ptr + cols, mask=col_ok, other=0.0).to(tl.float32)

@@ -21,7 +21,7 @@ from mhc_kernels.launch.memory import contiguous, inner_contiguous, rows_of
 from mhc_kernels.launch.mixings import mixing_code, padded_permutations, permutations
 from mhc_kernels.launch.reduce_partials import reduce_partials
 from mhc_kernels.launch.sizes import parameter_splits, product_precision, token_chunks
-from mhc_kernels.seam_function import InputGradients, SeamForward, SeamGradients, Update
+from mhc_kernels.seam_function import InputGradients, SeamGradients, SeamSaved, Update
 from mhc_kernels.spec import Connection
 from mhc_kernels.tiles import power_of_two_at_least
 
@@ -32,7 +32,7 @@ def seam_backward(
     update: Update | None,
     connection: Connection,
     carried_pre_TN: Tensor | None,
-    forward: SeamForward,
+    saved: SeamSaved,
     gradients: SeamGradients,
     chunk_tokens: int = 0,
 ) -> InputGradients:
@@ -47,7 +47,7 @@ def seam_backward(
     m = spec.num_coefficients
     fp32 = torch.float32
     update = None if update is None else Update(*(contiguous(tensor) for tensor in update))
-    used_pre_TN = forward.pre_TN if carried_pre_TN is None else carried_pre_TN.contiguous()
+    used_pre_TN = saved.pre_TN if carried_pre_TN is None else carried_pre_TN.contiguous()
     d_handed_TN = None if gradients.pre_TN is None else inner_contiguous(gradients.pre_TN)
     d_post_TN = inner_contiguous(gradients.post_TN)
     d_res_TK = None if gradients.res_TNN is None else inner_contiguous(gradients.res_TNN.flatten(1))
@@ -67,17 +67,17 @@ def seam_backward(
         size = rows.stop - rows.start
         d_projection_TM = memory.new_result((size, m), fp32, device)
         shrink_T, h_dot_T = (memory.new_result((size,), fp32, device) for _ in range(2))
-        rows_pre, rows_rstd, rows_d_h = used_pre_TN[rows], forward.rstd_T[rows], gradients.h_TC[rows]
+        rows_pre, rows_rstd, rows_d_h = used_pre_TN[rows], saved.rstd_T[rows], gradients.h_TC[rows]
         program_rows = slice(rows.start // tiles.backward_dots.tokens, None)
         backward_dots_kernel[(triton.cdiv(size, tiles.backward_dots.tokens),)](
-            (streams_TNC if remix else forward.streams_TNC)[rows],
+            (streams_TNC if remix else saved.streams_TNC)[rows],
             *((rows_update if remix else None) or (None, None, None)),
             rows_d_h,
             connection.gain_C,
             rows_pre,
             rows_rstd,
-            forward.projection_rstd_T[rows],
-            forward.mix_TM[rows],
+            saved.projection_rstd_T[rows],
+            saved.mix_TM[rows],
             connection.alpha_3,
             connection.bias_M,
             *rows_of([d_handed_TN, d_post_TN, d_res_TK], rows),
@@ -120,7 +120,7 @@ def seam_backward(
         )
         if tiles.backward_phi is not None:
             backward_phi(
-                *(forward.streams_TNC[rows], d_projection_TM, d_phi_SMD, tiles.backward_phi),
+                *(saved.streams_TNC[rows], d_projection_TM, d_phi_SMD, tiles.backward_phi),
                 precision=product_precision(streams_TNC, tiles),
                 accumulate=rows.start > 0,
             )

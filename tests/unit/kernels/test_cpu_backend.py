@@ -17,6 +17,7 @@ from tests.unit.kernels.seam_cases import (
     logits_of_thirty,
     make_inputs,
     relative_error,
+    uncompiled_backend,
     widened,
 )
 
@@ -137,6 +138,55 @@ def test_dropped_and_resupplied_tensors_give_the_same_gradients() -> None:
     grads = torch.autograd.grad((out_TNC * weight_TNC).sum(), list(leaves.values()))
     for name, grad in zip(leaves, grads, strict=True):
         assert torch.equal(grad, expected[name]), name
+
+
+@pytest.mark.parametrize("name", ["cpu", "compiled formulas"])
+def test_second_derivatives_are_refused(name: str) -> None:
+    """Oracle: the contract. Without the refusal autograd would leave out the seam's share without a word, as
+    long as the inputs are reached by another way too."""
+    backend = uncompiled_backend() if name != "cpu" else make_backend("cpu")
+    inputs = make_inputs(Case(3, 16, ConnectionSpec(num_streams=2)), torch.float32)
+    pre_TN = torch.rand(3, 2)
+    for output in (
+        chain(backend, inputs)[0],
+        backend.close(inputs.streams_TNC, inputs.ys[0], pre_TN, None),
+        backend.collapse(inputs.streams_TNC, pre_TN),
+    ):
+        with pytest.raises(ValueError, match=r"create_graph=True: a seam has no second derivatives"):
+            torch.autograd.grad(output.square().sum(), inputs.streams_TNC, create_graph=True)
+
+
+def test_a_backward_can_be_repeated_and_needs_no_gradient_of_its_inputs() -> None:
+    """Oracle: the gradients of the first time, bit for bit: saved tensors are read, not changed. And those of
+    the same seams when some inputs are constants, and outputs are unused or used in other strides."""
+    backend = make_backend("cpu")
+    inputs = make_inputs(Case(7, 32, ConnectionSpec(num_streams=4)), torch.float32)
+    connection, leaves = inputs.connections[0], list(inputs.leaves().values())[:1]
+    seam = backend.open(inputs.streams_TNC, connection)
+    twice = [torch.autograd.grad(seam.h_TC.T.sin().sum(), leaves, retain_graph=True) for _ in range(2)]
+    assert torch.equal(twice[0][0], twice[1][0])
+    detached = {name: getattr(connection, name).detach() for name in ("phi_MD", "gain_C")}
+    constant = connection._replace(**detached)
+    alone = backend.open(inputs.streams_TNC, constant)
+    (grad,) = torch.autograd.grad(alone.h_TC.sin().sum(), leaves)
+    assert torch.equal(grad, twice[0][0])
+
+
+def test_h_is_not_saved() -> None:
+    """Oracle: the tensors that pass through autograd's hooks. A backward needs neither h nor the collapsed
+    streams, so h is kept only by a sublayer that wants it."""
+    inputs = make_inputs(Case(6, 32, ConnectionSpec(num_streams=4)), torch.float32)
+    saved: list[torch.Tensor] = []
+
+    def note(tensor: torch.Tensor) -> torch.Tensor:
+        saved.append(tensor)
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+        seam = make_backend("cpu").open(inputs.streams_TNC, inputs.connections[0])
+    kept = {tensor.untyped_storage().data_ptr() for tensor in saved}
+    assert seam.streams_TNC.untyped_storage().data_ptr() in kept
+    assert seam.h_TC.untyped_storage().data_ptr() not in kept
 
 
 def test_non_finite_input_stays_visible() -> None:

@@ -104,7 +104,7 @@ def seam_work(spec: ConnectionSpec) -> Callable[[str], None]:
             for tail in (None, update):
                 result = seam_forward(x, tail, connection, carried, chunk_tokens)
                 arriving = SeamGradients(x, y, carried, post, result.res_TNN)
-                seam_backward(x, tail, connection, carried, result, arriving, chunk_tokens)
+                seam_backward(x, tail, connection, carried, result.saved, arriving, chunk_tokens)
         update_backward(x, update, update_forward(x, update))
         collapse_backward(x, post, collapse_forward(x, post))
         recompute_block(x, [Kept(post, some(t), some(c), post, update.res_TNN, y)] * 2)

@@ -6,6 +6,8 @@ from dataclasses import replace
 
 import pytest
 import torch
+import triton  # type: ignore[import-untyped]
+import triton.language as tl  # type: ignore[import-untyped]
 from mhc_kernels import offline, resources
 from mhc_kernels.seam import ConnectionSpec, make_backend
 from mhc_kernels.tiles import ARCHITECTURES, WIDTH_BUCKETS, chunk_tokens, tiles_for
@@ -61,6 +63,33 @@ def test_small_kernels_compile_for_hopper(name: str) -> None:
     check_fits(report, "sm_90")
     assert report.spills == report.atomics == 0
     assert 0 < report.registers <= 255
+
+
+@triton.jit
+def adding(sum_ptr, x_ptr, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
+    offsets = tl.arange(0, BLOCK)
+    tl.atomic_add(sum_ptr + offsets, tl.load(x_ptr + offsets), sem="relaxed")
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_an_atomic_is_found_in_machine_code(architecture: str) -> None:
+    """Oracle: a kernel that adds atomically and takes no result, which has an instruction of its own."""
+    arguments = {"sum_ptr": torch.empty(256), "x_ptr": torch.empty(256), "BLOCK": 256}
+    launched = offline.RecordedLaunch(adding, (1,), arguments, {"num_warps": 4})
+    read = resources.amd_resources if architecture == "gfx942" else resources.nvidia_resources
+    report = read(launched, 256, offline.compile_for(launched, architecture))
+    assert report.atomics > 0
+    assert any("atomics" in reason for reason in report.misfits(architecture))
+
+
+def test_which_products_are_fused_is_not_left_to_the_compiler() -> None:
+    """Oracle: the compiler's intermediate code of the kernels that form x' and h again: with no plain sum in
+    it, nothing in them can be rounded otherwise than in the forward."""
+    for launched in offline.seam_launches("sm_90", 64, SPEC, num_tokens=64):
+        if launched.name in ("post", "recompute_block"):
+            code = offline.compile_for(launched, "sm_90").asm["llir"]
+            assert "llvm.fma" in code
+            assert " fadd " not in code
 
 
 def check_fits(report: resources.KernelResources, architecture: str) -> None:

@@ -125,39 +125,6 @@ def test_bad_streams_are_refused_by_name(backend: SeamBackend, name: str) -> Non
         backend.open(streams_TNC, connection)
 
 
-@pytest.mark.parametrize("spec", [ALL_SPECS[4], pytest.param(ALL_SPECS[7], marks=pytest.mark.long)], ids=str)
-def test_fake_kernels_agree_with_the_real_ones(spec: ConnectionSpec) -> None:
-    """Oracle: the real operations; under fake tensors shapes, dtypes and the schema must be the same."""
-    inputs = make_inputs(Case(5, 64, spec), torch.bfloat16)
-    n = spec.num_streams
-    streams_TNC, y_TC = inputs.streams_TNC.detach(), inputs.ys[0].detach()
-    parameters = [parameter.detach() for parameter in inputs.connections[0][:4]]
-    post_TN = torch.rand(5, n)
-    res_TNN = None if spec.mixing is Mixing.IDENTITY else torch.rand(5, n, n)
-    carried_TN = torch.rand(5, n) if spec.shifted_pre else None
-    tail = (y_TC, post_TN, res_TNN)
-    numbers = (triton_backend.encoded(spec), 0)
-    forward_arguments = (streams_TNC, *tail, carried_TN, *parameters, *numbers)
-    checks = ("test_schema", "test_faketensor")
-    torch.library.opcheck(triton_backend.seam_forward, forward_arguments, test_utils=checks)
-    result = triton_backend.seam_forward(*forward_arguments)
-    backward_arguments = (
-        *(streams_TNC, *tail, carried_TN, *parameters, result),
-        *(streams_TNC, y_TC, carried_TN, post_TN, res_TNN),
-        *numbers,
-    )
-    torch.library.opcheck(triton_backend.seam_backward, backward_arguments, test_utils=checks)
-    block_arguments = [[post_TN, post_TN], [torch.rand(5)] * 2, [parameters[3]] * 2, [post_TN]]
-    block_arguments += [[] if res_TNN is None else [res_TNN], [y_TC]]
-    torch.library.opcheck(triton_backend.recompute_block, (streams_TNC, *block_arguments), test_utils=checks)
-    torch.library.opcheck(triton_backend.update_forward, (streams_TNC, *tail), test_utils=checks)
-    torch.library.opcheck(
-        triton_backend.update_backward, (streams_TNC, *tail, streams_TNC), test_utils=checks
-    )
-    torch.library.opcheck(triton_backend.collapse_forward, (streams_TNC, post_TN), test_utils=checks)
-    torch.library.opcheck(triton_backend.collapse_backward, (streams_TNC, post_TN, y_TC), test_utils=checks)
-
-
 @pytest.mark.long
 @pytest.mark.timeout(600)
 @pytest.mark.parametrize("spec", ALL_SPECS, ids=str)
