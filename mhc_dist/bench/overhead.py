@@ -171,11 +171,12 @@ def _breakdown(ours: _Variant, base: _Variant) -> Parts:
     rounds = middle_half([a / b for a, b in zip(ours.seconds, base.seconds, strict=True)])
     names = sorted({name for parts in (*ours.parts, *base.parts) for name in parts if _is_compute(name)})
     whole = sum(base.seconds[turn] for turn in rounds)
-    return {
-        name: sum(ours.parts[turn].get(name, 0.0) - base.parts[turn].get(name, 0.0) for turn in rounds)
-        / whole
-        for name in names
-    }
+
+    def share(name: str) -> float:
+        parts = [(ours.parts[turn], base.parts[turn]) for turn in rounds]
+        return sum(a.get(name, 0.0) - b.get(name, 0.0) for a, b in parts) / whole
+
+    return {name: share(name) for name in names}
 
 
 def middle_half(ratios: Sequence[float]) -> list[int]:
@@ -191,12 +192,7 @@ def _is_compute(name: str) -> bool:
 
 def _add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--backends", nargs="+", default=["cpu"], metavar="NAME", help="(cpu)")
-    parser.add_argument(
-        "--rounds",
-        type=int,
-        default=9,
-        help="timed steps of every variant; the interval narrows with their square root (9)",
-    )
+    parser.add_argument("--rounds", type=int, default=9, help="timed steps of every variant (9)")
 
 
 def _table(figures: dict[str, Any]) -> str:
