@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from mhc_dist.bench.cell import Cell, Mode, Runner, message_bytes, with_recompute
@@ -32,22 +32,25 @@ NUM_STEPS = 2
 
 
 def on_loopback(
-    cell: Cell, config: RunConfig, stage: Stage, plain: Program, slow_motion: float | None
-) -> tuple[CostTable, Payloads]:
-    """Seconds of compute, equal on all ranks, and bytes of exchanges, before any link slows them down.
-    Collective.
+    cell: Cell, configs: Mapping[Mode, RunConfig], runners: Mapping[Mode, Runner], slow_motion: float | None
+) -> tuple[dict[Mode, CostTable], Payloads]:
+    """Seconds of compute by recompute mode, equal on all ranks, and bytes of exchanges, which are the same in
+    all modes, before any link slows them down. Collective.
 
-    plain: the plain lowering. slow_motion: None for phases as they last here; otherwise those of one process
-    alone, times so much.
+    runners: of the plain lowering, without a link. slow_motion: None for phases as they last here; otherwise
+    those of one process alone, times so much.
     """
-    runner = cell.runner(stage, plain)
-    events = runner.step()[1].events
+    events = {mode: runner.step()[1].events for mode, runner in runners.items()}
+    payloads = payloads_of(next(iter(events.values())))
     if slow_motion is not None:
-        costs = cell.made_by_rank_0(lambda: stretched(costs_alone(config, cell.routing), slow_motion))
-        return costs, payloads_of(events)
-    # The first step has paid for what is allocated once.
-    events = [event for _ in range(NUM_STEPS) for event in runner.step()[1].events]
-    return cell.made_by_rank_0(lambda: costs_from(config, events)), payloads_of(events)
+        alone = cell.made_by_rank_0(lambda: costs_alone(configs, cell.routing))
+        return {mode: stretched(costs, slow_motion) for mode, costs in alone.items()}, payloads
+    # The first steps have paid for what is allocated once.
+    events = {mode: [] for mode in runners}
+    for _ in range(NUM_STEPS):
+        for mode, runner in runners.items():
+            events[mode] += runner.step()[1].events
+    return cell.made_by_rank_0(lambda: {m: costs_from(configs[m], events[m]) for m in events}), payloads
 
 
 @dataclass(frozen=True)
@@ -78,11 +81,8 @@ def settle(
     configs = {mode: with_recompute(cell.config, mode) for mode in modes}
     plain = {mode: lower(schedule_of(own), own_shapes(own).chunks) for mode, own in configs.items()}
     stages = {mode: cell.stage(own, plain[mode]) for mode, own in configs.items()}
-    compute: dict[Mode, CostTable] = {}
-    payloads: Payloads = {}
-    for mode, stage in stages.items():
-        # Exchanges carry the same whatever is recomputed.
-        compute[mode], payloads = on_loopback(cell, configs[mode], stage, plain[mode], slow_motion)
+    runners = {mode: cell.runner(stage, plain[mode]) for mode, stage in stages.items()}
+    compute, payloads = on_loopback(cell, configs, runners, slow_motion)
     emulated = link_for(compute[modes[0]], payloads, plain[modes[0]], ratio)
     link: SlowLink = emulated
     if network is not None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Protocol
 
@@ -11,6 +11,7 @@ import torch.distributed as dist
 from mhc_kernels.seam import make_backend
 
 from mhc_dist.bench.alone import Nobody, random_microbatches
+from mhc_dist.bench.cell import Mode
 from mhc_dist.bench.routing import Rule, spread_evenly
 from mhc_dist.config import RunConfig
 from mhc_dist.optim.parameter_groups import cast_to_bf16
@@ -32,7 +33,7 @@ from mhc_dist.plan.run_costs import run_costs
 
 LATENCY_SECONDS = 1e-4
 LANE = "link"  # one for everything that leaves a rank
-MICROBATCHES_ALONE = 3
+MICROBATCHES_ALONE, TURNS_ALONE = 2, 4
 
 Key = tuple[int, str]
 Payloads = dict[Key, float]
@@ -53,8 +54,23 @@ def costs_from(config: RunConfig, events: Sequence[Event]) -> CostTable:
     return calibrate(run_costs(config, machine_of(config)), compute)
 
 
-def costs_alone(config: RunConfig, routing: Rule) -> CostTable:
-    """Every phase of every chunk, timed in this process alone: no peers, all experts here, one thread."""
+def costs_alone(configs: Mapping[Mode, RunConfig], routing: Rule) -> dict[Mode, CostTable]:
+    """Every phase of every chunk, timed in this process alone: no peers, all experts here, one thread.
+
+    Modes take turns, so that what they cost can be compared: a processor is faster in one minute than in
+    another by more than recomputation takes.
+    """
+    steps = {mode: _step_alone(config, routing) for mode, config in configs.items()}
+    events: dict[Mode, list[Event]] = {mode: [] for mode in configs}
+    for turn in range(1 + TURNS_ALONE):
+        for mode, step in steps.items():
+            found = step()
+            if turn:  # the first one pays for what is allocated once
+                events[mode] += found
+    return {mode: costs_from(config, events[mode]) for mode, config in configs.items()}
+
+
+def _step_alone(config: RunConfig, routing: Rule) -> Callable[[], list[Event]]:
     shapes = own_shapes(config)
     program = lower(_one_after_the_other(len(shapes.chunks)), shapes.chunks)
     exchange = ExpertExchange(config.model.num_experts)
@@ -68,8 +84,12 @@ def costs_alone(config: RunConfig, routing: Rule) -> CostTable:
     microbatches = random_microbatches(config)[:MICROBATCHES_ALONE]
     nobody = Nobody()
     executor = Executor(0, stage.by_index, nobody)
-    executor.run(program, microbatches, nobody)  # pays for what is allocated once
-    return costs_from(config, executor.run(program, microbatches, nobody).trace.events)
+
+    def step() -> list[Event]:
+        stage.zero_grad(set_to_none=True)
+        return executor.run(program, microbatches, nobody).trace.events
+
+    return step
 
 
 def _one_after_the_other(num_chunks: int) -> CoarseSchedule:

@@ -16,7 +16,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from itertools import product
@@ -37,9 +37,9 @@ from mhc_dist.bench.routing import Rule
 from mhc_dist.bench.simulated import predicted_seconds
 from mhc_dist.bench.unfinished import Row, Unfinished
 from mhc_dist.config import RunConfig
-from mhc_dist.parallel.stage import Stage
-from mhc_dist.pipeline.action import ChunkShape, Program
-from mhc_dist.pipeline.cost import CostTable, PhaseCost
+from mhc_dist.parallel.layout import ChunkPlace
+from mhc_dist.pipeline.action import Program
+from mhc_dist.pipeline.cost import CostTable
 from mhc_dist.pipeline.lower import lower
 from mhc_dist.pipeline.trace import Event
 from mhc_dist.plan.layout import own_shapes, schedule_of
@@ -78,7 +78,7 @@ def measure(
     plain = {case: lower(schedule_of(c), own_shapes(c).chunks) for case, c in configs.items()}
     links = sorted({link for p in plain.values() for link in p.links})
     cell = Cell.join(rank, store, config, links, plan.routing)
-    compute = _Compute(cell, plan.slow_motion)
+    compute = _Compute(cell, plan)
     late: list[Row] = []
     began = monotonic()
     for case in plan.cases:
@@ -102,18 +102,28 @@ class _Compute:
     that cut the model into the same chunks.
     """
 
-    def __init__(self, cell: Cell, slow_motion: float | None) -> None:
-        self._cell, self._slow_motion = cell, slow_motion
-        self._known: dict[tuple[ChunkShape, ...], tuple[Mapping[tuple[int, str], PhaseCost], Payloads]] = {}
+    def __init__(self, cell: Cell, plan: Plan) -> None:
+        self._cell, self._slow_motion = cell, plan.slow_motion
+        self._modes = tuple(dict.fromkeys(mode for _, mode in plan.cases))
+        self._known: dict[tuple[ChunkPlace, ...], tuple[dict[Mode, CostTable], Payloads]] = {}
 
-    def of(self, config: RunConfig, stage: Stage, plain: Program) -> tuple[CostTable, Payloads]:
+    def of(self, config: RunConfig) -> tuple[CostTable, Payloads]:
         """Collective."""
-        chunks = plain.chunks
-        if chunks not in self._known:
-            costs, payloads = on_loopback(self._cell, config, stage, plain, self._slow_motion)
-            self._known[chunks] = costs.phases, payloads
-        phases, payloads = self._known[chunks]
-        return replace(run_costs(config, machine_of(config)), phases=phases), payloads
+        cut = own_shapes(config).places
+        if cut not in self._known:
+            self._known[cut] = self._measured(config)
+        costs, payloads = self._known[cut]
+        # All but the seconds of phases depends on the schedule, too.
+        own = run_costs(config, machine_of(config))
+        return replace(own, phases=costs[config.recompute.mode].phases), payloads
+
+    def _measured(self, config: RunConfig) -> tuple[dict[Mode, CostTable], Payloads]:
+        configs = {mode: with_recompute(config, mode) for mode in self._modes}
+        runners = {}
+        for mode, own in configs.items():
+            plain = lower(schedule_of(own), own_shapes(own).chunks)
+            runners[mode] = self._cell.runner(self._cell.stage(own, plain), plain)
+        return on_loopback(self._cell, configs, runners, self._slow_motion)
 
 
 @dataclass(frozen=True)
@@ -128,7 +138,7 @@ class _Case:
 def _prepare(cell: Cell, config: RunConfig, plain: Program, plan: Plan, compute: _Compute) -> _Case:
     """Choose the link, calibrate, place. Collective."""
     stage = cell.stage(config, plain)
-    on_host, payloads = compute.of(config, stage, plain)
+    on_host, payloads = compute.of(config)
     link = link_for(on_host, payloads, plain, plan.ratio)
     costs = on_link(on_host, payloads, link, message_bytes(config))
     nominal = None if plan.slow_motion is None else costs
