@@ -3,8 +3,8 @@
 One process and one thread, same layers, same schedule, variants taking turns within one run, in an order that
 turns round from round to round. Nothing overlaps here: it is the cost of the mathematics on this processor,
 before any hiding. The process never waits, so what it costs is its processor time; wall time, which other
-processes lengthen, is given beside it. The breakdown says in which kind of action and in which phase the
-difference lies.
+processes lengthen, is given beside it. Compared are typical steps (`typical_step`): medians of single actions,
+added up. The breakdown says in which kind of action and in which phase the difference lies.
 """
 
 from __future__ import annotations
@@ -17,11 +17,12 @@ from statistics import median
 from time import perf_counter, process_time
 from typing import Any
 
+import numpy as np
 import torch
 
 from mhc_dist.bench.alone import Nobody, random_microbatches, whole_stage
 from mhc_dist.bench.command import Bench, Outcome
-from mhc_dist.bench.peers.ratio import paired_ratio
+from mhc_dist.bench.typical_step import typical_actions, typical_ratio
 from mhc_dist.config import RunConfig
 from mhc_dist.config_sections import KernelsConfig, ResidualKind
 from mhc_dist.pipeline.action import Action
@@ -72,27 +73,29 @@ COMPUTE_PHASES = (StepPhase.FORWARD, StepPhase.BACKWARD, StepPhase.WEIGHT_GRADIE
 Parts = dict[str, float]
 """Processor seconds by kind of action, and by kind of action and phase (`backward attention`)."""
 
+BETWEEN = (StepPhase.OTHER.value,)
+"""What a step takes beside its actions, as an action more."""
+
 
 class _Stopwatch:
-    """Processor seconds of every action, told apart by the part of a step it belongs to."""
+    """Processor seconds of every action, in their order, and which parts of a step it belongs to."""
 
     def __init__(self) -> None:
-        self.parts: dict[str, float] = defaultdict(float)
+        self.seconds: list[float] = []
+        self.parts: list[tuple[str, ...]] = []
         self._begin = 0.0
 
     def begin(self, action: Action) -> None:
         self._begin = process_time()
 
     def end(self, action: Action, start: float) -> None:
-        seconds = process_time() - self._begin
-        phase = PHASE_OF_KIND[action.kind]
-        self.parts[phase.value] += seconds
-        if action.item:
-            self.parts[f"{phase.value} {action.item.partition('.')[0]}"] += seconds
+        self.seconds.append(process_time() - self._begin)
+        phase = PHASE_OF_KIND[action.kind].value
+        self.parts.append((phase, f"{phase} {action.item.partition('.')[0]}") if action.item else (phase,))
 
 
 class _Variant:
-    """One kind of connection with one backend."""
+    """One kind of connection with one backend. actions: seconds by round and action; parts: of each action."""
 
     def __init__(self, config: RunConfig) -> None:
         self._programs = plan_run(config)
@@ -100,7 +103,8 @@ class _Variant:
         self._microbatches = random_microbatches(config)
         self.seconds: list[float] = []
         self.wall_seconds: list[float] = []
-        self.parts: list[Parts] = []
+        self.actions: list[list[float]] = []
+        self.parts: list[tuple[str, ...]] = []
 
     def run(self, *, keep: bool) -> None:
         self._stage.zero_grad(set_to_none=True)
@@ -108,10 +112,21 @@ class _Variant:
         executor = Executor(0, self._stage.by_index, nobody, watch.begin, stretch=watch.end)
         start, wall_start = process_time(), perf_counter()
         executor.run(self._programs.training, self._microbatches, nobody)
+        seconds, wall_seconds = process_time() - start, perf_counter() - wall_start
         if keep:
-            self.seconds.append(process_time() - start)
-            self.wall_seconds.append(perf_counter() - wall_start)
-            self.parts.append(dict(watch.parts))
+            self.seconds.append(seconds)
+            self.wall_seconds.append(wall_seconds)
+            self.actions.append([*watch.seconds, seconds - sum(watch.seconds)])
+            self.parts = [*watch.parts, BETWEEN]
+
+    @property
+    def typical(self) -> Parts:
+        """Typical processor seconds of every part of a step."""
+        totals: dict[str, float] = defaultdict(float)
+        for seconds, names in zip(typical_actions(np.array(self.actions)), self.parts, strict=True):
+            for name in names:
+                totals[name] += float(seconds)
+        return totals
 
 
 def _alone(config: RunConfig, backend: str | None) -> RunConfig:
@@ -141,13 +156,13 @@ def run(config: RunConfig, backends: Sequence[str], rounds: int) -> dict[str, An
         for name in order if turn % 2 else reversed(order):
             variants[name].run(keep=turn > 0)
     base = variants[RESIDUAL]
-    ratios = {name: paired_ratio(variants[name].seconds, base.seconds) for name in backends}
-    best = min(ratios, key=lambda name: ratios[name].median)
-    wall = paired_ratio(variants[best].wall_seconds, base.wall_seconds)
+    ratios = {name: typical_ratio(variants[name].actions, base.actions) for name in backends}
+    best = min(ratios, key=lambda name: ratios[name].ratio)
     return {
-        "overhead_ratio": ratios[best].median - 1.0,
+        "overhead_ratio": ratios[best].ratio - 1.0,
         "overhead_interval": [ratios[best].low - 1.0, ratios[best].high - 1.0],
-        "overhead_ratio_of_wall_time": wall.median - 1.0,
+        "overhead_ratio_of_whole_steps": median_ratio(variants[best].seconds, base.seconds) - 1.0,
+        "overhead_ratio_of_wall_time": median_ratio(variants[best].wall_seconds, base.wall_seconds) - 1.0,
         "backend": best,
         "hidden_size": config.model.hidden_size,
         "num_streams": config.residual.num_streams,
@@ -155,35 +170,27 @@ def run(config: RunConfig, backends: Sequence[str], rounds: int) -> dict[str, An
         "tokens_per_microbatch": config.data.sequences_per_microbatch * config.data.sequence_length,
         "num_microbatches": config.schedule.num_microbatches,
         "rounds": rounds,
-        "step_ratios": {name: asdict(ratio) for name, ratio in ratios.items()},
+        "ratios": {name: asdict(ratio) for name, ratio in ratios.items()},
         "breakdown": _breakdown(variants[best], base),
         "processor_seconds": {name: median(variant.seconds) for name, variant in variants.items()},
         "step_seconds": {name: median(variant.wall_seconds) for name, variant in variants.items()},
+        "step_ratios": [round(a / b, 5) for a, b in zip(variants[best].seconds, base.seconds, strict=True)],
     }
 
 
+def median_ratio(numerators: Sequence[float], denominators: Sequence[float]) -> float:
+    """Of whole steps, pair by pair: beside the figure of typical actions."""
+    return median(a / b for a, b in zip(numerators, denominators, strict=True))
+
+
 def _breakdown(ours: _Variant, base: _Variant) -> Parts:
-    """Difference of every part of a step, as a share of the plain residual's step.
-
-    Means over the half of the rounds whose ratio is nearest to the median, so that parts add up: those with a
-    phase to the part without, and those, but for what is no computation, to the overhead.
+    """Difference of every part of a typical step, as a share of the plain residual's. Parts with a phase add up
+    to the part without; those without, and what lies between actions, to the overhead.
     """
-    rounds = middle_half([a / b for a, b in zip(ours.seconds, base.seconds, strict=True)])
-    names = sorted({name for parts in (*ours.parts, *base.parts) for name in parts if _is_compute(name)})
-    whole = sum(base.seconds[turn] for turn in rounds)
-
-    def share(name: str) -> float:
-        parts = [(ours.parts[turn], base.parts[turn]) for turn in rounds]
-        return sum(a.get(name, 0.0) - b.get(name, 0.0) for a, b in parts) / whole
-
-    return {name: share(name) for name in names}
-
-
-def middle_half(ratios: Sequence[float]) -> list[int]:
-    """Positions of the half nearest to the median, one at least."""
-    middle = median(ratios)
-    nearest = sorted(range(len(ratios)), key=lambda turn: abs(ratios[turn] - middle))
-    return nearest[: (len(ratios) + 1) // 2]
+    our_parts, base_parts = ours.typical, base.typical
+    whole = float(typical_actions(np.array(base.actions)).sum())
+    names = sorted(name for name in {*our_parts, *base_parts} if _is_compute(name))
+    return {name: (our_parts.get(name, 0.0) - base_parts.get(name, 0.0)) / whole for name in names}
 
 
 def _is_compute(name: str) -> bool:

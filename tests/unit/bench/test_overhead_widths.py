@@ -39,9 +39,3 @@ def test_widths_follow_the_hidden_size(
     assert (model.hidden_size, model.expert_dim, model.num_heads, model.kv_rank) == widths
     written = json.loads((tmp_path / f"overhead_{widths[0]}.json").read_text())
     assert written["figures"]["backend"] == "cpu"
-
-
-def test_parts_are_of_the_rounds_nearest_to_the_median() -> None:
-    """Oracle: by hand. The median is 1.05; of five ratios the nearest three are kept, outliers are not."""
-    assert sorted(overhead.middle_half([1.04, 9.0, 1.05, 0.1, 1.07])) == [0, 2, 4]
-    assert overhead.middle_half([2.0]) == [0]
