@@ -19,10 +19,15 @@ TOLERANCE = 1e-9
 
 @dataclass(frozen=True, slots=True)
 class Group:
-    """Passes of one rank that run side by side. ordered: a later one only fills gaps of an earlier one."""
+    """Passes of one rank that run side by side.
+
+    ordered: a later one only fills gaps of an earlier one. after[i]: how many of the first ones have to be
+    over before pass i starts; empty where nothing has to.
+    """
 
     ops: tuple[Op, ...]
     ordered: bool = False
+    after: tuple[int, ...] = ()
 
     @property
     def first(self) -> Op:
@@ -40,7 +45,8 @@ def merge_slots(
     pairs, or in ordered chains of forwards and of input gradients.
 
     Safe: in that run every input of a joined pass was sent before the pass in front of it started. So the
-    times of that run order the joined groups without a circle.
+    times of that run order the joined groups without a circle. In a chain a pass may start while others than
+    the one in front of it are under way: it comes after the last one that it may not be joined with.
     """
     times = _Times(program, simulation)
     merge_rank = _chain_rank if ordered else _pair_rank
@@ -69,7 +75,7 @@ def _chain_rank(groups: Sequence[Group], times: _Times) -> list[Group]:
     position = 0
     while position < len(groups):
         group = groups[position]
-        chain = [group.first]
+        chain, after = [group.first], [0]
         weights: list[Group] = []
         partner = _partner(groups, position) if group.first.kind in _CHAINED else None
         while (
@@ -78,10 +84,13 @@ def _chain_rank(groups: Sequence[Group], times: _Times) -> list[Group]:
             and _may_join(chain[-1], groups[partner].first, times)
         ):
             weights += groups[position + 1 : partner]
-            chain.append(groups[partner].first)
+            following = groups[partner].first
+            apart = [place for place, op in enumerate(chain, 1) if not _may_join(op, following, times)]
+            after.append(max(apart, default=0))
+            chain.append(following)
             position = partner
             partner = _partner(groups, position)
-        result.append(Group(tuple(chain), ordered=True) if len(chain) > 1 else group)
+        result.append(Group(tuple(chain), ordered=True, after=tuple(after)) if len(chain) > 1 else group)
         result += weights
         position += 1
     return result

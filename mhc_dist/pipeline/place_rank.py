@@ -103,9 +103,10 @@ class RankPlacer:
             tuple(map(tuple, queues)),
             headroom,
             group.ordered,
+            group.after,
         )
         if key not in self._slots:
-            self._slots[key] = self._scheduled(units, queues, headroom, ordered=group.ordered)
+            self._slots[key] = self._scheduled(group, units, queues, headroom)
         taken = [0, 0]
         for step in self._slots[key]:
             if step.source < len(ops):
@@ -136,16 +137,15 @@ class RankPlacer:
 
     def _scheduled(
         self,
+        group: Group,
         units: tuple[Unit, ...],
         queues: Sequence[Sequence[Filler]],
         headroom: int | None,
-        *,
-        ordered: bool,
     ) -> list[Step]:
         """The steps of a slot. Recomputation may move, unless its own pair is faster where it waits for its
         use: where exchanges take as long as compute, it must not delay what starts the next one.
         """
-        whole_pair = not ordered and len(units) == 2 and any(unit.keeps_weights for unit in units)
+        whole_pair = not group.ordered and len(units) == 2 and any(unit.keeps_weights for unit in units)
         placement = self._placement
 
         def scheduler(costs: CostTable, *, late: bool) -> SlotScheduler:
@@ -155,7 +155,8 @@ class RankPlacer:
                 costs,
                 headroom,
                 late_recompute=late,
-                ordered=ordered,
+                ordered=group.ordered,
+                after=group.after,
                 late_counts=placement.late_counts and whole_pair,
             )
 

@@ -71,7 +71,8 @@ class SlotScheduler:
 
     queues: fillers, each queue to be taken from its front; earlier queues are preferred. The weight gradients
     that this slot's own passes put off come after those of the first queue, and are left over if no gap takes
-    them. ordered: units finish one after the other, and a later one only fills the gaps of the first.
+    them. ordered: units finish one after the other, and a later one only fills the gaps of the first; unit u
+    starts once the first after[u] units have handed on what they made.
     late_counts: an exchange that another one needs (the counts before the rows) is awaited after the next
     phase at the earliest, so that a peer may be late by that phase.
     """
@@ -82,6 +83,7 @@ class SlotScheduler:
     headroom: int | None
     late_recompute: bool = False
     ordered: bool = False
+    after: tuple[int, ...] = ()
     late_counts: bool = False
     steps: list[Step] = field(default_factory=list)
 
@@ -140,7 +142,7 @@ class SlotScheduler:
             if self.ordered:
                 if self._complete[u]:
                     continue
-                if opened == NUM_OPEN:
+                if opened == NUM_OPEN or not all(self._left[: self.after[u]]):
                     break
                 if opened and best is not None:
                     limit = best[1]

@@ -22,7 +22,7 @@ from torch.autograd.graph import Node
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from mhc_dist.pipeline.hazards import Allocate, Entry, Free, Launch, Record, Share, Wait
-from mhc_dist.pipeline.streams import DeviceStream, EventStreams, Token, tensors_in
+from mhc_dist.pipeline.streams import DeviceStream, EventStreams, tensors_in
 
 COMPUTE = "compute"
 AUTOGRAD = "autograd"
@@ -167,10 +167,8 @@ class RecordedStreams(EventStreams):
         super().__init__(RecordingDevice(recorder))
         self._recorder = recorder
 
-    def urgently(
-        self, run: Callable[..., Result], *inputs: Any, after: Sequence[Token] | None = None
-    ) -> Result:
-        outputs = super().urgently(run, *inputs, after=after)
+    def urgently(self, run: Callable[..., Result], *inputs: Any) -> Result:
+        outputs = super().urgently(run, *inputs)
         made = _made_between(inputs, outputs)
         ends = {tensor.grad_fn for tensor in tensors_in(outputs)}
         for node in made:

@@ -1,20 +1,22 @@
-"""Where work runs: a compute stream, an urgent one beside it, and a lane for every communicator.
+"""Where work runs: a compute stream, two urgent ones beside it, and a lane for every communicator.
 
     compute   phases, in the program's order
     urgent    high priority: post/res of expert layers, which end the wait for a combine and start the next
-              layer (mHC paper, 4.3.3), and the plan of what arrives, which the host has to read. It waits for
-              what it reads and for nothing else, so it overtakes compute work that is queued already.
+              layer (mHC paper, 4.3.3). It waits for what it reads and for nothing else, so it overtakes
+              compute work that is queued already.
+    answers   high priority: what the host has to know, that is the plan of arriving rows. Nothing else runs
+              here: behind the backward of post/res, say, the host would wait for all of that backward.
     lanes     one per communicator: its transfers run in order, and different lanes never wait for each other
 
 Streams meet at events. While phases run the host waits for none of them, with one exception per expert layer:
-how many rows arrive decides the sizes of buffers (`PendingCounts`), and that wait is for the urgent stream
+how many rows arrive decides the sizes of buffers (`PendingCounts`), and that wait is for the stream of answers
 alone.
 
 Memory follows three rules, which `hazards` proves of recorded runs. A transfer's buffers are marked as used
 on its lane, which keeps them until it has ended, because a gradient may come from the urgent stream's memory.
 Those of an exchange or a receive are held as well until the compute stream waits for its end (deferred free);
 for the end of a send it does not wait, so that a slow receiver holds nothing up. What goes into or comes out
-of the urgent stream is marked as used on both (`keep`): the allocator then hands it out again only when both
+of an urgent stream is marked as used on both (`keep`): the allocator then hands it out again only when both
 have passed its last use. And what autograd passes from stream to stream is autograd's business: it runs a
 backward where its forward ran.
 
@@ -77,13 +79,18 @@ class Streams(Protocol):
         """Around a phase: what it reads is there after `tokens`, for which the compute stream waits."""
         ...
 
-    def urgently(
-        self, run: Callable[..., Result], *inputs: Any, after: Sequence[Token] | None = None
-    ) -> Result:
-        """run(*inputs) on the urgent stream, after the tokens: by default those of the phase around it.
+    def urgently(self, run: Callable[..., Result], *inputs: Any) -> Result:
+        """run(*inputs) on the urgent stream, after the tokens of the phase around it.
 
         Whatever it reads was there by then or is made by itself. That goes for parameters as well: each token
         is later than the step that changed them. The compute stream goes on after it.
+        """
+        ...
+
+    def answer(self, run: Callable[..., Result], *inputs: Any, after: Token) -> Result:
+        """run(*inputs), in which the host asks for values of `inputs`, which are there after the token.
+
+        It waits for these alone. The compute stream goes on after what `run` made.
         """
         ...
 
@@ -125,9 +132,10 @@ class HostStreams:
     def reading(self, tokens: Sequence[Token]) -> Iterator[None]:
         yield
 
-    def urgently(
-        self, run: Callable[..., Result], *inputs: Any, after: Sequence[Token] | None = None
-    ) -> Result:
+    def urgently(self, run: Callable[..., Result], *inputs: Any) -> Result:
+        return run(*inputs)
+
+    def answer(self, run: Callable[..., Result], *inputs: Any, after: Token) -> Result:
         return run(*inputs)
 
     def keep(self, tensors: Any) -> None: ...
@@ -196,6 +204,7 @@ class EventStreams:
         self._device = device
         self._compute = device.compute_stream()
         self._urgent = device.new_stream("urgent", urgent=True)
+        self._answers = device.new_stream("answers", urgent=True)
         self._lanes: dict[str, DeviceStream] = {}
         self._read: Sequence[Token] = ()
 
@@ -223,22 +232,31 @@ class EventStreams:
         finally:
             self._read = outer
 
-    def urgently(
-        self, run: Callable[..., Result], *inputs: Any, after: Sequence[Token] | None = None
+    def urgently(self, run: Callable[..., Result], *inputs: Any) -> Result:
+        return self._beside(self._urgent, self._read, run, inputs)
+
+    def answer(self, run: Callable[..., Result], *inputs: Any, after: Token) -> Result:
+        return self._beside(self._answers, [after], run, inputs)
+
+    def _beside(
+        self, stream: DeviceStream, after: Sequence[Token], run: Callable[..., Result], inputs: Any
     ) -> Result:
-        for token in self._read if after is None else after:
-            self._urgent.wait_event(token)
-        self.keep(inputs)
-        with self._device.on(self._urgent):
+        for token in after:
+            stream.wait_event(token)
+        self._keep_on(stream, inputs)
+        with self._device.on(stream):
             outputs = run(*inputs)
-        self._compute.wait_event(self._urgent.record_event())
-        self.keep(outputs)
+        self._compute.wait_event(stream.record_event())
+        self._keep_on(stream, outputs)
         return outputs
 
     def keep(self, tensors: Any) -> None:
+        self._keep_on(self._urgent, tensors)
+
+    def _keep_on(self, stream: DeviceStream, tensors: Any) -> None:
         for tensor in tensors_in(tensors):
             self._device.keep(tensor, self._compute)
-            self._device.keep(tensor, self._urgent)
+            self._device.keep(tensor, stream)
 
     def mark(self) -> Mark:
         return self._compute.record_event(self._device.timed_event())

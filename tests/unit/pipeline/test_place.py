@@ -72,6 +72,25 @@ def test_placed_programs_are_valid(name: str, wire: float, ranks: tuple[int, ...
             validate(place(schedule, chunks_for(schedule, shape), costs, placement))
 
 
+@pytest.mark.parametrize("name", ["zbv", "dualpipev", "interleaved"])
+@pytest.mark.parametrize("num_ranks", [1, 2, 3])
+@pytest.mark.parametrize("lengths", [(0, 1), (1, 0), (2, 1)])
+def test_chains_of_uneven_chunks_are_valid(name: str, num_ranks: int, lengths: tuple[int, int]) -> None:
+    """Oracle: the validator. Every second chunk is shorter, so that it fits whole into a gap of another pass:
+    the third pass of a chain must not start before the first one, whose result it needs, is over.
+    """
+    schedule = make_schedule(name, num_ranks, 3 * num_ranks)
+    shapes = [experts_chunk(length) if length else dense_chunk() for length in lengths]
+    longer, shorter = (costs_for(schedule, shape, wire=2.0) for shape in shapes)
+    costs = replace(
+        longer,
+        phases={**shorter.phases, **longer.phases},
+        exchanges={**shorter.exchanges, **longer.exchanges},
+    )
+    chunks = tuple(shapes[chunk % 2] for chunk in range(len(schedule.chunk_rank)))
+    validate(place(schedule, chunks, costs))
+
+
 @pytest.mark.parametrize("name", sorted(SCHEDULES))
 def test_placing_is_deterministic_and_complete(name: str) -> None:
     """Oracle: the plain lowering does the same work, apart from where weight gradients are put off."""
