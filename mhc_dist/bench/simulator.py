@@ -1,11 +1,11 @@
 """`mhc-dist bench simulator`: predicted against measured steps, for every schedule and recompute mode.
 
-For each case, a step of the plain lowering on the same ranks and link calibrates what placement knows:
-seconds of phases (--ranks 4 and 8, in delay mode: measured in one process alone), how far phases differ from
-them, what starting and ending exchanges takes. Exchanges and messages are those of the emulated link. Then
-plain and placed steps take turns: from the plain ones the simulator predicts the placed ones. So it is told
-how fast the processors were at the time, and nothing of placed steps. Both compute the same gradients, bit
-for bit.
+In each case steps of the plain lowering and of the placed program take turns, on the same ranks and link. From
+the plain ones the simulator predicts the placed ones: from seconds of phases (--ranks 4 and 8, in delay mode:
+measured in one process alone), from how far phases differ from them, from what starting and ending exchanges
+takes. Exchanges and messages are those of the emulated link. So it is told how fast the processors were at
+the time, and nothing of placed steps. The first plain step is also what placement goes by. All compute the
+same gradients, bit for bit.
 
 Cases are measured one after the other and kept as they are done, in NAME.unfinished.jsonl beside the result:
 after an end before the last one, --resume goes on. --minutes ends it in time.
@@ -25,6 +25,8 @@ from statistics import median
 from time import monotonic
 from typing import Any
 
+from torch import Tensor
+
 from mhc_dist.bench.calibrated import calibrated_by, on_loopback
 from mhc_dist.bench.cell import Cell, Mode, Runner, message_bytes, run_ranks, with_recompute
 from mhc_dist.bench.command import Bench, Outcome
@@ -41,7 +43,7 @@ from mhc_dist.parallel.layout import ChunkPlace
 from mhc_dist.pipeline.action import Program
 from mhc_dist.pipeline.cost import CostTable
 from mhc_dist.pipeline.lower import lower
-from mhc_dist.pipeline.trace import Event
+from mhc_dist.pipeline.trace import Event, Trace
 from mhc_dist.plan.layout import own_shapes, schedule_of
 from mhc_dist.plan.run_costs import placed_program, run_costs
 
@@ -133,6 +135,10 @@ class _Case:
     plain: Runner
     placed: Runner
     costs: CostTable
+    first: Trace
+    """The plain step that placement knew them by."""
+    gradients: dict[str, Tensor]
+    """Of that step."""
 
 
 def _prepare(cell: Cell, config: RunConfig, plain: Program, plan: Plan, compute: _Compute) -> _Case:
@@ -144,10 +150,12 @@ def _prepare(cell: Cell, config: RunConfig, plain: Program, plan: Plan, compute:
     nominal = None if plan.slow_motion is None else costs
     cell.runner(stage, plain).step()  # pays for what is allocated once, as fast as it can
     runner = cell.runner(stage, plain, nominal, link)
-    costs = calibrated_by(cell, costs, [runner.step()[1].events], in_delay_mode=runner.in_delay_mode)
+    first = runner.step()[1]
+    gradients = {key: gradient.clone() for key, gradient in runner.gradients().items()}
+    costs = calibrated_by(cell, costs, [first.events], in_delay_mode=runner.in_delay_mode)
     program = cell.made_by_rank_0(lambda: placed_program(config, machine_of(config), costs=costs))
     cell.runner(stage, program).step()
-    return _Case(runner, cell.runner(stage, program, nominal, link), costs)
+    return _Case(runner, cell.runner(stage, program, nominal, link), costs, first, gradients)
 
 
 def _row(cell: Cell, name: CaseName, case: _Case, plan: Plan) -> Row:
@@ -155,12 +163,11 @@ def _row(cell: Cell, name: CaseName, case: _Case, plan: Plan) -> Row:
     plain_steps: list[list[Event]] = []
     seconds: list[float] = []
     equality, overrun = Equality(), Overrun()
-    for _ in range(plan.rounds):
-        plain_trace = case.plain.step()[1]
+    for turn in range(plan.rounds):
+        plain_trace = case.plain.step()[1] if turn else case.first
         plain_steps.append(plain_trace.events)
-        want = {key: gradient.clone() for key, gradient in case.plain.gradients().items()}
         step_seconds, trace = case.placed.step()
-        equality += compared(want, case.placed.gradients(), "placed")
+        equality += compared(case.gradients, case.placed.gradients(), "placed")
         seconds.append(step_seconds)
         if plan.slow_motion is not None:
             # Of both: late plain steps make a late prediction.
