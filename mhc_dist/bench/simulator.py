@@ -1,11 +1,11 @@
 """`mhc-dist bench simulator`: predicted against measured steps, for every schedule and recompute mode.
 
-In each case steps of the plain lowering and of the placed program take turns, on the same ranks and link. From
-the plain ones the simulator predicts the placed ones: from seconds of phases (--ranks 4 and 8, in delay mode:
-measured in one process alone), from how far phases differ from them, from what starting and ending exchanges
-takes. Exchanges and messages are those of the emulated link. So it is told how fast the processors were at
-the time, and nothing of placed steps. The first plain step is also what placement goes by. All compute the
-same gradients, bit for bit.
+In each case steps of the plain lowering and of the placed program take turns, on the same ranks and link.
+From the plain ones the simulator predicts the placed ones: from seconds of phases (--ranks 4 and 8, in delay
+mode: measured in one process alone), from how far phases differ from them, from what starting and ending
+exchanges takes. Exchanges and messages are those of the emulated link. So it is told how fast the processors
+were at the time, and nothing of placed steps. The first plain step is also what placement goes by. All
+compute the same gradients, bit for bit.
 
 Cases are measured one after the other and kept as they are done, in NAME.unfinished.jsonl beside the result:
 after an end before the last one, --resume goes on. --minutes ends it in time.
