@@ -6,7 +6,6 @@ import argparse
 
 import pytest
 
-from mhc_dist.bench import ranks
 from mhc_dist.bench.ranks import add_rank_options, slow_motion_of
 
 
@@ -17,7 +16,7 @@ def test_default_slow_motion(
     num_ranks: int, cores: int, want: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Oracle: 1.5 for every rank that a core carries, plus 2."""
-    monkeypatch.setattr(ranks.os, "cpu_count", lambda: cores)
+    monkeypatch.setattr("os.cpu_count", lambda: cores)
     assert slow_motion_of(options("--ranks", str(num_ranks))) == want
 
 
