@@ -20,7 +20,7 @@ DELAY_SIZES = (
 """Small enough that the ranks' real compute fits into nominal time. As many microbatches as a step on a
 cluster has: with few, what fill and drain leave exposed outweighs everything else."""
 
-SLOW_MOTION_PER_RANK, SLOW_MOTION_TO_SPARE = 1.5, 2.0
+SLOW_MOTION_PER_RANK, SLOW_MOTION_TO_SPARE = 1.5, 1.5
 """Nominal over measured time: for every rank that a core carries, and beyond that. Ranks that take turns on a
 core find its caches cold and compute a third longer than alone; the rest is for starting at the same moment
 (README, delay mode, has the measurement)."""

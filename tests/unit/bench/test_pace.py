@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import time
 from dataclasses import dataclass, field
 
 import pytest
 import torch
 from torch import Tensor
 
-from mhc_dist.bench.pace import Nominal
+from mhc_dist.bench.pace import WAKE_UP_SECONDS, Nominal, sleep_exactly
 from mhc_dist.pipeline.action import Action, ActionKind
 from mhc_dist.pipeline.cost import CostTable, PhaseCost
 
@@ -117,3 +118,11 @@ def test_communication_is_not_paced(pace: Nominal, clock: Clock) -> None:
     """Oracle: there is no entry for it in the table; the link delays it."""
     pace.stretch(Action(ActionKind.WAIT, 0, 0, "dispatch"), clock.now)
     assert clock.slept == []
+
+
+@pytest.mark.parametrize("seconds", [0.0, WAKE_UP_SECONDS / 2, 10 * WAKE_UP_SECONDS])
+def test_a_sleep_never_ends_early(seconds: float) -> None:
+    """Oracle: the clock; shorter than a wake-up, and longer. How late it ends is for the machine to say."""
+    start = time.perf_counter()
+    sleep_exactly(seconds)
+    assert time.perf_counter() - start >= seconds

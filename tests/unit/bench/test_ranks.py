@@ -10,12 +10,12 @@ from mhc_dist.bench.ranks import add_rank_options, slow_motion_of
 
 
 @pytest.mark.parametrize(
-    ("num_ranks", "cores", "want"), [(4, 2, 5.0), (8, 2, 8.0), (4, 4, 3.5), (4, 16, 2.375)]
+    ("num_ranks", "cores", "want"), [(4, 2, 4.5), (8, 2, 7.5), (4, 4, 3.0), (4, 16, 1.875)]
 )
 def test_default_slow_motion(
     num_ranks: int, cores: int, want: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Oracle: 1.5 for every rank that a core carries, plus 2."""
+    """Oracle: 1.5 for every rank that a core carries, plus 1.5."""
     monkeypatch.setattr("os.cpu_count", lambda: cores)
     assert slow_motion_of(options("--ranks", str(num_ranks))) == want
 
