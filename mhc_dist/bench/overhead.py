@@ -3,8 +3,8 @@
 One process and one thread, same layers, same schedule, variants taking turns within one run, in an order that
 turns round from round to round. Nothing overlaps here: it is the cost of the mathematics on this processor,
 before any hiding. The process never waits, so what it costs is its processor time; wall time, which other
-processes lengthen, is given beside it. Compared are typical steps (`typical_step`): medians of single actions,
-added up. The breakdown says in which kind of action and in which phase the difference lies.
+processes lengthen, is given beside it. Compared are typical steps (`typical_step`): medians of single
+actions, added up. The breakdown says in which kind of action and in which phase the difference lies.
 """
 
 from __future__ import annotations
@@ -95,7 +95,10 @@ class _Stopwatch:
 
 
 class _Variant:
-    """One kind of connection with one backend. actions: seconds by round and action; parts: of each action."""
+    """One kind of connection with one backend.
+
+    actions: seconds by round and action; parts: those that each action belongs to.
+    """
 
     def __init__(self, config: RunConfig) -> None:
         self._programs = plan_run(config)
@@ -184,8 +187,10 @@ def median_ratio(numerators: Sequence[float], denominators: Sequence[float]) -> 
 
 
 def _breakdown(ours: _Variant, base: _Variant) -> Parts:
-    """Difference of every part of a typical step, as a share of the plain residual's. Parts with a phase add up
-    to the part without; those without, and what lies between actions, to the overhead.
+    """Difference of every part of a typical step, as a share of the plain residual's.
+
+    Parts with a phase add up to the part without; those without, and what lies between actions, to the
+    overhead.
     """
     our_parts, base_parts = ours.typical, base.typical
     whole = float(typical_actions(np.array(base.actions)).sum())

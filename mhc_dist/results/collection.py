@@ -48,7 +48,7 @@ class Collection:
         return found
 
     def missing(self, name: str) -> str:
-        return f"not measured yet: run `{self.known[name].command}`"
+        return f"not measured yet: run `{self.known[name].line}`"
 
     def figure(self, name: str, path: str) -> Any:
         """One figure by its dotted path. ValueError if the file has none of that name."""
@@ -58,7 +58,7 @@ class Collection:
             if not isinstance(value, Mapping) or key not in value:
                 raise ValueError(
                     f"{found.path} has no figure {path!r} ({key!r} is missing): it was written by another"
-                    f" version of its command. Measure again: {self.known[name].command}"
+                    f" version of its command. Measure again: {self.known[name].line}"
                 )
             value = value[key]
         return value

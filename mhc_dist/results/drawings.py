@@ -11,7 +11,9 @@ from matplotlib.figure import Figure
 from mhc_dist.results.collection import Collection
 from mhc_dist.results.tables_plans import MEASURES, PUBLISHED_OVERHEAD, planned
 
-COLOURS = ("#2a6fbb", "#c8501e", "#3c9a5f", "#8a5fb0", "#7a7a7a")
+COLOURS = ("#0072b2", "#e69f00", "#009e73", "#cc79a7", "#7a7a7a")
+"""Okabe and Ito's, which colour-blind readers tell apart."""
+
 Draw = Callable[[Collection], Figure]
 
 
@@ -108,7 +110,8 @@ def overlap(collection: Collection) -> Figure:
         axis.set_xticks(range(len(names)), list(names.values()), fontsize=8)
     left.set_ylim(0, 112)
     _titled(left, "Hidden, % of its time (emulated link)", "")
-    _titled(right, "Times as fast as without overlap", "")
+    coverage = figures["speedup_over_no_overlap"]["overlap_placed"]["coverage"]
+    _titled(right, f"Times as fast as without overlap, and {100 * coverage:.0f} % interval", "")
     _legend(left)
     return figure
 
@@ -150,7 +153,7 @@ def scaling(collection: Collection) -> Figure:
             color=COLOURS[number],
             ms=3,
             lw=1,
-            label=f"{series}: bubble",
+            label=f"{series}: bubble, % of the step",
         )
     left.set_ylim(0, 105)
     costs = figures["costs"]
@@ -168,7 +171,7 @@ def scaling(collection: Collection) -> Figure:
     right.set_xticks([cost["pipeline"] for cost in costs], [str(cost["pipeline"]) for cost in costs])
     left.set_xscale("log", base=2)
     left.set_xticks([8, 64, 512, 4096], ["8", "64", "512", "4096"])
-    _titled(left, "Model FLOPs utilization, % of the series' first; simulated", "GPUs")
+    _titled(left, "Model FLOPs utilization, % of the series' smallest; simulated", "GPUs")
     _titled(right, "Seconds to make the program, deeper series; measured", "pipeline ranks")
     _legend(left)
     _legend(right)

@@ -78,17 +78,19 @@ def _again(collection: Collection) -> str:
         file = collection.get(name)
         rows.append(
             [
-                f"`{known.command}`",
+                name,
+                f"`{known.line}`",
                 known.takes,
                 "not measured yet" if file is None else (file.time or "")[:10] or "no date",
                 "" if file is None else file.commit,
             ]
         )
-    rows.append(["`mhc-dist results plans`", "1 hour", f"{len(collection.cells)} cells", ""])
+    rows.append(["plans", "`mhc-dist results plans`", "10 min", f"{len(collection.cells)} cells", ""])
     return (
         "## Measuring again\n\n"
         "`make results` writes this page and its pictures anew from the files in results/, in seconds.\n"
-        "`make results-rerun` runs all of the following, one after the other; studies and plans continue\n"
-        "where they were. While a machine does something else, its figures of seconds are worth little.\n\n"
-        + table(["command", "takes", "last", "commit"], rows)
+        "`make results-rerun` runs all of the following, one after the other; `mhc-dist results rerun NAME`\n"
+        "runs one, and `--outdated` what was not measured at this commit. Studies and plans keep the parts\n"
+        "that the same code has left. While a machine does something else, its figures of seconds are worth\n"
+        "little.\n\n" + table(["name", "command", "takes", "last", "commit"], rows)
     )

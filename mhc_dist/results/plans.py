@@ -1,7 +1,8 @@
 """`mhc-dist results plans`: what hyper-connections cost, planned for many models, clusters and sizes.
 
-Every cell leaves a file in results/plans; a cell that is there for the same run and cluster is not planned
-again, so the table can be interrupted and continued. About a minute a cell on two quiet cores.
+Every cell leaves a file in results/plans; a cell that the same planner has left there for the same run and
+cluster is not planned again, so the table can be interrupted and continued. Some 15 seconds a cell on two
+quiet cores.
 """
 
 from __future__ import annotations
@@ -22,11 +23,18 @@ from mhc_dist.guard.exit_codes import ExitCode
 from mhc_dist.plan.cell import plan_cell
 from mhc_dist.plan.cluster import load_cluster
 from mhc_dist.plan.machine import Machine
+from mhc_dist.study.code_mark import ROOT, code_mark
 
 MODELS = ("paper_27b", "paper_9b", "paper_3b")
 CLUSTERS = ("h800", "h100", "b200")
 SIZES = (64, 256, 1024, 8)
 CONFIGS = Path(__file__).resolve().parents[2] / "configs"
+PLANNER = (
+    *(ROOT / name for name in ("plan", "pipeline")),
+    *(ROOT / "parallel" / f"{name}.py" for name in ("layout", "partition", "recompute")),
+    *(ROOT / "model" / f"{name}.py" for name in ("coefficients", "count", "flops")),
+)
+"""What a cell's figures depend on, of the code."""
 LABEL = "simulated: placed programs on costs derived from data sheets and the assumptions of the cluster file"
 
 
@@ -47,10 +55,10 @@ class Wanted:
         return f"mhc-dist results plans --models {self.model} --clusters {self.cluster} --gpus {self.devices}"
 
     def asked(self) -> str:
-        """What the cell's figures depend on besides the planner itself: a hash of run and cluster."""
+        """What the cell's figures depend on: a hash of run, cluster and planner."""
         config = dump_config(load_config(CONFIGS / f"{self.model}.yaml"))
         cluster = load_cluster(self.cluster).model_dump_json()
-        return hashlib.sha256(f"{config}\n{cluster}".encode()).hexdigest()[:16]
+        return hashlib.sha256(f"{config}\n{cluster}\n{code_mark(PLANNER)}".encode()).hexdigest()[:16]
 
     def is_there(self, folder: Path) -> bool:
         path = folder / f"{self.stem}.json"

@@ -25,7 +25,7 @@ def shown(value: object, form: str) -> str:
         case "+%":
             return f"{100 * value:+.1f} %"
         case "x":
-            return f"{value:.2f} times"
+            return f"{value:,.0f} times" if value >= 100 else f"{value:.2f} times"
         case "s":
             return f"{value:.3g} s"
         case "MB":

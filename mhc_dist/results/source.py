@@ -17,13 +17,19 @@ class _Part(BaseModel):
 
 class Known(_Part):
     """A result file that there can be. file: under results/. label: for files that carry none. takes: on two
-    quiet cores.
+    quiet cores. printed: the command prints the file's content instead of writing it.
     """
 
     file: str
     command: str
     takes: str
     label: str | None = None
+    printed: bool = False
+
+    @property
+    def line(self) -> str:
+        """The command as it is typed."""
+        return f"{self.command} > results/{self.file}" if self.printed else self.command
 
 
 class Claim(_Part):

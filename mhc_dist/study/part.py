@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import mhc_kernels
 import torch
 from mhc_kernels.seam import make_backend
 from torch import Tensor
@@ -22,8 +23,20 @@ from mhc_dist.model.language_model import LanguageModel
 from mhc_dist.optim.adamw import FlatAdamW
 from mhc_dist.optim.learning_rate import learning_rate
 from mhc_dist.optim.parameter_groups import parameter_groups
+from mhc_dist.study.code_mark import ROOT, code_mark
 from mhc_dist.study.instruments import gains_of, gains_over_depth, probe_by_layer
 from mhc_dist.study.variants import variant_config
+
+CODE = (
+    *(ROOT / name for name in ("model", "data", "observe/stability.py")),
+    *(ROOT / "optim" / f"{name}.py" for name in ("adamw", "learning_rate", "parameter_groups")),
+    *(ROOT / "study" / f"{name}.py" for name in ("instruments", "part", "variants")),
+    *(
+        Path(mhc_kernels.__path__[0]) / f"{name}.py"
+        for name in ("cpu_operations", "function_backend", "reference", "seam_function", "token_last")
+    ),
+)
+"""What a part's figures depend on."""
 
 NUM_MEASUREMENTS = 40
 """Of the mixes, spread over the steps of a part."""
@@ -50,11 +63,12 @@ class PartPlan:
         return self.folder / f"{self.variant}_seed{self.seed}.json"
 
     def fingerprint(self) -> str:
-        """Changes with everything that changes the result."""
-        return hashlib.blake2b(dump_config(self.config).encode(), digest_size=8).hexdigest()
+        """Changes with everything that changes the result: the configuration, and the code that runs it."""
+        text = f"{dump_config(self.config)}\n{code_mark(CODE)}"
+        return hashlib.blake2b(text.encode(), digest_size=8).hexdigest()
 
     def done(self) -> dict[str, Any] | None:
-        """The part's result, if an earlier run of the same configuration left it."""
+        """The part's result, if an earlier run of the same configuration by the same code left it."""
         try:
             content = json.loads(self.path.read_text())
         except (OSError, ValueError):

@@ -1,7 +1,7 @@
 """Stability study: deep narrow models of several residual kinds, same data and steps, several seeds.
 
-Every part (one variant, one seed) leaves a file in --parts; a part that is there already is not run again, so
-the study can be interrupted and continued, and extended by seeds and variants.
+Every part (one variant, one seed) leaves a file in --parts; a part that the same code has left there already
+is not run again, so the study can be interrupted and continued, and extended by seeds and variants.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from mhc_dist.guard.exit_codes import ExitCode
 from mhc_dist.study.instruments import GAINS
 from mhc_dist.study.part import PartPlan, run_part
 from mhc_dist.study.plots import plot_stability
-from mhc_dist.study.summary import summarize
+from mhc_dist.study.summary import measured_records, summarize
 from mhc_dist.study.variants import MAIN, OPTIONS, VARIANTS, variant_config
 
 DEFAULT_CONFIG = Path("configs/study.yaml")
@@ -46,6 +46,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except ValueError as error:
         print(f"mhc-dist: {error}", file=sys.stderr)
         return ExitCode.USAGE
+    except KeyboardInterrupt:
+        print(f"mhc-dist: interrupted; what is done lies in {options.parts}. The same command goes on.")
+        return ExitCode.STOPPED
     command = " ".join(["mhc-dist study stability", *(sys.argv[1:] if arguments is None else arguments)])
     label = "measured: one process and one thread a model, CPU, fp32"
     path = write_result(NAME, options.results, command, label, figures)
@@ -104,13 +107,16 @@ def _results(plans: Sequence[PartPlan], workers: int) -> list[dict[str, Any]]:
 
 def _curve(result: dict[str, Any]) -> dict[str, Any]:
     """What a picture needs of a part: values over `steps`, gains over `measured_steps` and over layers."""
-    measured = [record for record in result["records"] if "forward_gain" in record]
-    thinned = result["records"][:: max(1, len(result["records"]) // NUM_POINTS)]
+    records, measured = result["records"], measured_records(result)
+    stride = max(1, len(records) // NUM_POINTS)
+    groups = [records[first : first + stride] for first in range(0, len(records), stride)]
     return {
         "seed": result["seed"],
         "validation_loss": result["validation_loss"],
-        "steps": [record["step"] for record in thinned],
-        **{key: [round(record[key], 4) for record in thinned] for key in ("loss", "grad_norm")},
+        "steps": [group[0]["step"] for group in groups],
+        "loss": [round(group[0]["loss"], 4) for group in groups],
+        # A spike must not fall between two points.
+        "grad_norm": [round(max(record["grad_norm"] for record in group), 4) for group in groups],
         "measured_steps": [record["step"] for record in measured],
         **{key: [round(record[key], 6) for record in measured] for key in GAINS},
         **{

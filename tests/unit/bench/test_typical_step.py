@@ -29,8 +29,8 @@ def test_late_actions_do_not_reach_the_ratio() -> None:
 
 
 def test_intervals_hold_the_true_ratio() -> None:
-    """Oracle: the interval's promise, 95 %, over a hundred runs of noise that is no spikes: at least 85 % here,
-    as medians of few rounds are not smooth.
+    """Oracle: the interval's promise, 95 %, over a hundred runs of noise that is no spikes: at least 85 %
+    here, as medians of few rounds are not smooth.
     """
     random = np.random.default_rng(2)
     held = 0

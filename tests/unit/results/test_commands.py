@@ -31,19 +31,69 @@ def test_a_finished_run_is_kept(tmp_path: Path, capsys: pytest.CaptureFixture[st
     assert (results / "small_loss.png").read_bytes() == b"picture"
 
 
-def test_every_result_has_a_command_to_measure_it_again(tmp_path: Path) -> None:
-    """Oracle: page.yaml's own list; with a file there, only the others are missing."""
-    everything = rerun.commands(tmp_path, only_missing=False)
-    assert everything == rerun.commands(tmp_path, only_missing=True)
-    source = load_source()
-    assert set(everything) == {known.command for known in source.results.values()} | {
-        "mhc-dist results plans"
-    }
-    conditions = {"commit": "c", "processor": "P", "cores": 2, "load_average": [0.5], "time": "2026-01-02"}
-    content = {"command": "x", "label": "y", "conditions": conditions, "figures": {}}
-    (tmp_path / "memory.json").write_text(json.dumps(content))
-    left = rerun.commands(tmp_path, only_missing=True)
-    assert set(everything) - set(left) == {"mhc-dist bench memory"}
+def test_what_is_measured_again_is_chosen_by_name_file_and_commit(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Oracle: page.yaml's own list; of two files one is of this commit. A wrong name is told with others."""
+    monkeypatch.chdir(tmp_path)
+    results = tmp_path / "results"
+    results.mkdir()
+    monkeypatch.setattr(rerun, "conditions", lambda: {"commit": "now"})
+    for name, commit in (("memory", "now"), ("scaling", "before")):
+        conditions = {"commit": commit, "processor": "P", "cores": 2, "load_average": [0.5], "time": "t"}
+        content = {"command": "x", "label": "y", "conditions": conditions, "figures": {}}
+        (results / f"{name}.json").write_text(json.dumps(content))
+
+    def listed(*arguments: str) -> list[str]:
+        assert rerun.main([*arguments, "--list"]) == 0
+        return [line.split()[0] for line in capsys.readouterr().out.splitlines()]
+
+    everything = [*load_source().results, "plans"]
+    assert listed() == everything
+    assert listed("--missing") == [name for name in everything if name not in ("memory", "scaling")]
+    assert listed("--outdated") == [name for name in everything if name != "memory"]
+    assert listed("memory", "plans") == ["memory", "plans"]
+    assert rerun.main(["memroy"]) == 2
+    assert "no result is called memroy: choose from tiny, " in capsys.readouterr().err
+
+
+def test_measuring_again_tells_what_failed_and_goes_on(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Oracle: small programs that write, print, fail, write nothing, or are none; and what files hold."""
+    write, printed = tmp_path / "write.json", tmp_path / "kernels" / "printed.json"
+    kept = tmp_path / "kept.json"
+    kept.write_text("old")
+
+    def part(name: str, program: str, path: Path | None, *, prints: bool = False) -> rerun.Part:
+        return rerun.Part(name, program, program, path, prints)
+
+    python = "python -c"
+    chosen = [
+        part("fails", f"{python} 'raise SystemExit(3)' && touch {tmp_path}/never", tmp_path / "never"),
+        part("writes", f"touch {write}", write),
+        part("prints", f"{python} 'print(5)'", printed, prints=True),
+        part("cut", f"{python} 'print(chr(123))'", kept, prints=True),
+        part("nothing", "true", write),
+        part("no_program", "mhc-no-such-program", write),
+        part("cells", "true", None),
+    ]
+    assert rerun.run_all(chosen) == 1
+    said = capfd.readouterr().err
+    assert said.splitlines()[-1] == "mhc-dist: failed: fails, cut, nothing, no_program"
+    assert "ended with code 3" in said
+    assert f"nothing: wrote no {write}" in said
+    assert "cut: printed no JSON" in said
+    assert write.is_file()
+    assert not (tmp_path / "never").exists()
+    assert (printed.read_text(), kept.read_text()) == ("5\n", "old")
+
+    def interrupted(part: rerun.Part) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(rerun, "run", interrupted)
+    assert rerun.run_all(chosen) == 83
+    assert "--outdated` goes on" in capfd.readouterr().err
 
 
 def test_planned_cells_are_not_planned_twice(

@@ -88,7 +88,7 @@ def test_a_page_of_nothing_tells_how_to_measure(source: Source, tmp_path: Path) 
         assert f"## {section.title}\n" in page
         assert f"(#{anchor(section.title)})" in page or not section.claims
     for known in source.results.values():
-        assert f"`{known.command}`" in page
+        assert f"`{known.line}`" in page
     assert "not measured yet: run `mhc-dist bench overlap`" in page
     assert "Not planned yet: run `mhc-dist results plans`" in page
     assert draw_all(Collection(tmp_path, source.results), list(source.pictures.values())) == []

@@ -20,6 +20,7 @@ from mhc_dist.model.initialize import initialize
 from mhc_dist.model.language_model import LanguageModel
 from mhc_dist.study import sinkhorn as sinkhorn_study
 from mhc_dist.study import stability
+from mhc_dist.study.code_mark import code_mark
 from mhc_dist.study.instruments import gains_of, gains_over_depth, probe_by_layer
 from mhc_dist.study.part import PartPlan, run_part
 from mhc_dist.study.summary import summarize
@@ -66,7 +67,9 @@ def results(variant: str, *losses: float, gain: float = 1.0) -> list[dict[str, A
 
 
 def test_claims() -> None:
-    """Oracle: by hand. Ratio 30 / 1.5; gaps of -0.1 and 0.1 have a standard error of 0.1."""
+    """Oracle: by hand. HC's smallest gain at the end is 12 / 2, mHC's largest 1.5; gaps of -0.1 and 0.1 have
+    a standard error of 0.1, and two values 1 degree of freedom.
+    """
     parts = {
         "residual": results("residual", 2.1, 2.1),
         "hc": [result("hc", 2.5, 30.0, 0), result("hc", 2.5, 12.0, 1)],
@@ -75,24 +78,31 @@ def test_claims() -> None:
     summary = summarize(parts)
     claims = summary["claims"]
     assert claims["mhc_gain_at_most_2"] == {"holds": True, "largest_gain": 1.5}
-    assert claims["hc_gain_above_10_times_mhc"] == {"holds": True, "ratio": 20.0}
+    assert claims["hc_gain_above_10_times_mhc"] == {
+        "holds": False, "ratio": 4.0, "largest_ratio": 20.0,
+    }  # fmt: skip
     loss = claims["mhc_loss_not_above_residual"]
     assert loss["holds"] is True
     assert loss["difference"] == pytest.approx(0.0)
-    assert loss["noise"] == pytest.approx(0.2)
-    assert summary["variants"]["hc"]["last_forward_gain"] == 21.0
+    assert loss["noise"] == pytest.approx(1.2706)
+    assert loss["interval"] == pytest.approx([-1.2706, 1.2706])
+    assert summary["variants"]["hc"]["last_forward_gain"] == [30.0, 12.0]
+    parts["hc"][1]["records"][0]["backward_gain"] = 16.0
+    assert summarize(parts)["claims"]["hc_gain_above_10_times_mhc"]["ratio"] == 8.0
     assert (summary["cpu_seconds"], summary["commits"]) == (3.0, ["abc"])
     one_seed = summarize({name: some[:1] for name, some in parts.items()})["claims"]
     assert one_seed["mhc_loss_not_above_residual"]["holds"] is None
 
 
 def test_what_a_seed_does_to_both_is_no_noise() -> None:
-    """Oracle: by hand. A seed costs both 1.0; gaps of 0.02 and 0.04 are above 2 * 0.01, in any order."""
-    parts = {"residual": results("residual", 2.0, 3.0), "mhc": results("mhc", 2.02, 3.04)[::-1]}
+    """Oracle: by hand. A seed costs one, two or three; gaps of 0.02, 0.03 and 0.04, in any order, have a
+    standard error of 0.01 / sqrt(3), of which three values need 4.303.
+    """
+    parts = {"residual": results("residual", 2, 3, 4), "mhc": results("mhc", 2.02, 3.03, 4.04)[::-1]}
     claim = summarize(parts)["claims"]["mhc_loss_not_above_residual"]
     assert claim["difference"] == pytest.approx(0.03)
-    assert claim["noise"] == pytest.approx(0.02)
-    assert (claim["holds"], claim["seeds"]) == (False, 2)
+    assert claim["noise"] == pytest.approx(0.01 * 4.303 / 3**0.5)
+    assert (claim["holds"], claim["seeds"]) == (False, 3)
 
 
 def test_claims_that_fail_say_so() -> None:
@@ -100,16 +110,18 @@ def test_claims_that_fail_say_so() -> None:
     parts = {
         "residual": results("residual", 2.00, 2.02),
         "hc": results("hc", 2.5, 2.5, gain=15.0),
-        "mhc": results("mhc", 2.2, 2.24),
-        "mhc_zero_bias": results("mhc_zero_bias", 2.3, 2.31),
+        "mhc": results("mhc", 2.2, 2.225),
+        "mhc_zero_bias": results("mhc_zero_bias", 2.3, 2.321),
     }
     parts["mhc"][1]["records"][0]["backward_gain"] = 2.5
     claims = summarize(parts)["claims"]
     assert claims["mhc_gain_at_most_2"] == {"holds": False, "largest_gain": 2.5}
-    assert claims["hc_gain_above_10_times_mhc"] == {"holds": False, "ratio": 6.0}
+    assert claims["hc_gain_above_10_times_mhc"] == {
+        "holds": False, "ratio": 3.0, "largest_ratio": 6.0,
+    }  # fmt: skip
     loss = claims["mhc_loss_not_above_residual"]
-    assert (loss["holds"], loss["difference"]) == (False, pytest.approx(0.21))
-    assert loss["noise"] == pytest.approx(0.02)
+    assert (loss["holds"], loss["difference"]) == (False, pytest.approx(0.2025))
+    assert loss["noise"] == pytest.approx(12.706 * 0.0025)
     assert claims["identity_leaning_not_above_zero_bias"]["holds"] is True
     parts["mhc"][1]["records"][0]["backward_gain"] = 2.0
     assert summarize(parts)["claims"]["mhc_gain_at_most_2"]["holds"] is True
@@ -169,8 +181,10 @@ def test_unknown_variants_are_refused() -> None:
         variant_config(load_config(CONFIG), "mch", 0)
 
 
-def test_a_part_is_run_once_and_again_when_the_run_changes(tmp_path: Path) -> None:
-    """Oracle: the file's time of change; the same seed gives the same losses."""
+def test_a_part_is_run_once_and_again_when_the_run_changes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Oracle: the file's time of change; a seed gives the same losses again; other code, other parts."""
     plan = PartPlan(CONFIG, SHORT, "mhc", 1, tmp_path)
     first = run_part(plan)
     changed = plan.path.stat().st_mtime_ns
@@ -187,6 +201,25 @@ def test_a_part_is_run_once_and_again_when_the_run_changes(tmp_path: Path) -> No
     longer = PartPlan(CONFIG, (*SHORT, "train.steps=7"), "mhc", 1, tmp_path)
     assert longer.done() is None
     assert len(run_part(longer)["records"]) == 7
+
+    monkeypatch.setattr("mhc_dist.study.part.code_mark", lambda files: "of another version")
+    assert longer.done() is None
+
+
+def test_code_is_marked_by_what_is_in_the_files(tmp_path: Path) -> None:
+    """Oracle: one byte changed, in a folder; a file that is gone is an error, not a mark."""
+    inner = tmp_path / "package" / "deep"
+    inner.mkdir(parents=True)
+    inner.joinpath("a.py").write_text("x = 1\n")
+    alone = tmp_path / "b.py"
+    alone.write_text("")
+    before = code_mark([tmp_path / "package", alone])
+    assert code_mark([alone, tmp_path / "package"]) == before
+    inner.joinpath("a.py").write_text("x = 2\n")
+    assert code_mark([tmp_path / "package", alone]) != before
+    alone.unlink()
+    with pytest.raises(FileNotFoundError):
+        code_mark([alone])
 
 
 class PoolOfThisProcess:
@@ -225,8 +258,8 @@ def test_study_continues_where_it_was(
     ran: list[str] = []
     monkeypatch.setattr(PoolOfThisProcess, "ran", ran)
     monkeypatch.setattr(PoolOfThisProcess, "stop", 1)
-    with pytest.raises(KeyboardInterrupt):
-        stability.main([*arguments, "--seeds", "1"])
+    assert stability.main([*arguments, "--seeds", "1"]) == 83
+    assert f"what is done lies in {parts}" in capsys.readouterr().out
     assert ran == ["hc_seed0.json"]
 
     monkeypatch.setattr(PoolOfThisProcess, "stop", 10)
