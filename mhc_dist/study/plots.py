@@ -82,9 +82,7 @@ def _difference(axis: Axes, curves: Curves) -> None:
                 smooth = running_mean(gap, SMOOTHED)
                 axis.plot(part["steps"], smooth, color=COLOURS[name], lw=1.0, alpha=0.8)
     axis.axhline(0.0, color="black", lw=0.8)
-    _finish(
-        axis, "Training loss minus the plain residual's: a line a seed, smoothed", "step", "nats per token"
-    )
+    _finish(axis, "Training loss minus the plain residual's, smoothed", "step", "nats per token")
 
 
 def _gradients(axis: Axes, curves: Curves) -> None:
@@ -95,7 +93,7 @@ def _gradients(axis: Axes, curves: Curves) -> None:
         along = [window[-1] for window in windows(steps, SPIKES)]
         largest = zip(*(map(max, windows(part["grad_norm"], SPIKES)) for part in parts), strict=True)
         axis.plot(along, [median(norms) for norms in largest], color=COLOURS[name], lw=1.2, alpha=0.85)
-    title = f"Gradient norm before clipping: largest of {width} steps, median of seeds"
+    title = f"Gradient norm: largest of {width} steps, median of seeds"
     _finish(axis, title, "step", "", is_log=True)
 
 

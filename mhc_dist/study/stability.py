@@ -29,6 +29,9 @@ NAME = "study_stability"
 NUM_POINTS = 100
 """Of a curve in the result."""
 
+GAIN_DIGITS = 9
+"""Behind the point: bounded gains are within a millionth of 1."""
+
 
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="mhc-dist study stability", description=__doc__)
@@ -118,9 +121,9 @@ def _curve(result: dict[str, Any]) -> dict[str, Any]:
         # A spike must not fall between two points.
         "grad_norm": [round(max(record["grad_norm"] for record in group), 4) for group in groups],
         "measured_steps": [record["step"] for record in measured],
-        **{key: [round(record[key], 6) for record in measured] for key in GAINS},
+        **{key: [round(record[key], GAIN_DIGITS) for record in measured] for key in GAINS},
         **{
-            f"depth_{direction}": [round(gain, 6) for gain in result["depth"].get(direction, [])]
+            f"depth_{direction}": [round(gain, GAIN_DIGITS) for gain in result["depth"].get(direction, [])]
             for direction in ("forward", "backward")
         },
     }
