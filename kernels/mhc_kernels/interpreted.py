@@ -252,6 +252,28 @@ def rounded_like_a_device() -> Iterator[None]:
         del builder.create_fp_trunc
 
 
+@contextmanager
+def products_like_a_matrix_unit() -> Iterator[None]:
+    """Inside, products at the precision `tf32` read 11 bits of their operands, the lower ones cut off."""
+    require_interpreter()
+    builder = interpreter.interpreter_builder
+    multiply = builder.create_dot
+
+    def seen(handle: Any) -> Any:
+        bits = np.ascontiguousarray(handle.data, dtype=np.float32).view(np.uint32) & np.uint32(0xFFFFE000)
+        return interpreter.TensorHandle(bits.view(np.float32), handle.dtype)
+
+    def multiply_seen(a: Any, b: Any, into: Any, precision: Any, *rest: Any) -> Any:
+        cut = str(precision).endswith("TF32")
+        return multiply(seen(a) if cut else a, seen(b) if cut else b, into, precision, *rest)
+
+    builder.create_dot = multiply_seen
+    try:
+        yield
+    finally:
+        del builder.create_dot
+
+
 class TorchTrafficMode(TorchDispatchMode):
     """Counts bytes moved by torch operations outside of kernels; views and allocations move nothing."""
 

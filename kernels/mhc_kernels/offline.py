@@ -19,6 +19,7 @@ from triton.backends.compiler import GPUTarget  # type: ignore[import-untyped]
 from triton.compiler import ASTSource  # type: ignore[import-untyped]
 from triton.runtime.jit import JITFunction  # type: ignore[import-untyped]
 
+from mhc_kernels import tokens
 from mhc_kernels.check import check_streams
 from mhc_kernels.device.streams import post_kernel
 from mhc_kernels.launch.architecture import cpu_architecture
@@ -30,7 +31,7 @@ from mhc_kernels.seam_function import SeamGradients, Update
 from mhc_kernels.spec import Connection, ConnectionSpec, Kept, Mixing
 from mhc_kernels.tiles import CHUNK_MULTIPLE
 
-POINTER_TYPES = {torch.float32: "*fp32", torch.bfloat16: "*bf16", torch.float16: "*fp16"}
+POINTER_TYPES = {torch.float32: "*fp32", torch.bfloat16: "*bf16", torch.int64: "*i64"}
 LAUNCH_OPTIONS = ("num_warps", "num_stages", "num_ctas")
 TARGETS = {
     "sm_90": GPUTarget("cuda", 90, 32),
@@ -170,6 +171,19 @@ def seam_launches(
         kept = Kept(post, forward.rstd_T, connection.gain_C, post, res, y)
         recompute_block(x, [kept] * block)
     return list({(launched.name, str(launched.tile)): launched for launched in recorded}.values())
+
+
+def token_launches(architecture: str, channels: int, dtype: torch.dtype) -> list[RecordedLaunch]:
+    """The token kernels of a mixture of experts."""
+    num_tokens, chosen = 64, 8
+    rows = torch.empty(num_tokens * chosen, channels, dtype=dtype)
+    gate_up = torch.empty(num_tokens, 2 * channels, dtype=dtype)
+    weight, place = torch.empty(num_tokens, chosen), torch.zeros(num_tokens, chosen, dtype=torch.int64)
+    with recorded_launches(architecture) as recorded:
+        out = tokens.launch_unpermute(rows, weight, place)
+        tokens.launch_unpermute_backward(rows, weight, place, out)
+        tokens.launch_swiglu_backward(gate_up, tokens.launch_swiglu(gate_up))
+    return recorded
 
 
 def seam_tensors(

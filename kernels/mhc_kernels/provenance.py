@@ -6,14 +6,16 @@ import os
 import platform
 import subprocess
 import sys
+from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
 
 
 def provenance(module: str) -> dict[str, object]:
-    """Command, commit, machine and versions; `load_average` says how busy the machine was."""
+    """Command, time, commit, machine and versions; `load_average` says how busy the machine was."""
     return {
         "command": " ".join(["python", "-m", module, *sys.argv[1:]]),
+        "time": datetime.now(UTC).isoformat(timespec="seconds"),
         "commit": _commit(),
         "machine": _processor(),
         "cores": os.cpu_count(),

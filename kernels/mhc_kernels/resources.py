@@ -7,7 +7,8 @@ spills        loads and stores of local memory (LDL, STL; scratch accesses on AM
 atomics       instructions that modify global memory atomically (REDG, ATOMG and kin; global_atomic and kin).
               Shared-memory ATOMS, by which the compiler hands out tensor memory, are not among them.
 vector_bytes  width of the accesses to streams: the narrowest global access that is not of 4 bytes (those are
-              single coefficients); 16 is the hardware's 128 bits. `accesses` counts every width.
+              single coefficients; nor of 8, where a kernel reads indices). 16 is the hardware's 128 bits.
+              `accesses` counts every width.
 tensor_memory columns of Blackwell's tensor memory
 
 What does not fit (spills, atomics, more memory than a program can have) is told on stderr, and the exit
@@ -23,6 +24,7 @@ import subprocess
 import sys
 import tempfile
 from collections import Counter
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -30,12 +32,18 @@ from typing import Any
 import torch
 import triton  # type: ignore[import-untyped]
 
-from mhc_kernels.offline import RecordedLaunch, compile_for, require_compiler, seam_launches
+from mhc_kernels.offline import (
+    RecordedLaunch,
+    compile_for,
+    require_compiler,
+    seam_launches,
+    token_launches,
+)
 from mhc_kernels.provenance import provenance
 from mhc_kernels.spec import ConnectionSpec, Mixing
 from mhc_kernels.tiles import ARCHITECTURES
 
-SCALAR_BYTES = 4
+FLOAT_BYTES, INDEX_BYTES = 4, 8
 SHARED_LIMIT = {"sm_90": 227 << 10, "sm_100": 227 << 10, "gfx942": 64 << 10}
 """Bytes of shared memory that one program can have, from the vendors' tables."""
 TENSOR_MEMORY_LIMIT = 512
@@ -107,14 +115,18 @@ def nvidia_resources(launched: RecordedLaunch, channels: int, compiled: Any) -> 
         int(compiled.metadata.shared),
         stack + len(re.findall(r"\b(?:LDL|STL)\b", sass)),
         len(NVIDIA_ATOMIC.findall(sass)),
-        _stream_width([_nvidia_width(instruction) for instruction in accesses]),
+        _stream_width(launched, map(_nvidia_width, accesses)),
         dict(sorted(accesses.items())),
         int(compiled.metadata.tmem_size),
     )
 
 
-def _stream_width(widths: list[int]) -> int:
-    return min((width for width in widths if width != SCALAR_BYTES), default=max(widths, default=0))
+def _stream_width(launched: RecordedLaunch, widths: Iterable[int]) -> int:
+    """The narrowest that is not the width of a single coefficient or index."""
+    tensors = [value for value in launched.arguments.values() if isinstance(value, torch.Tensor)]
+    single = {FLOAT_BYTES} | {INDEX_BYTES for tensor in tensors if tensor.dtype == torch.int64}
+    found = set(widths)
+    return min(found - single, default=max(found, default=0))
 
 
 def _nvidia_width(instruction: str) -> int:
@@ -153,7 +165,7 @@ def amd_resources(launched: RecordedLaunch, channels: int, compiled: Any) -> Ker
         int(compiled.metadata.shared),
         spilled + len(re.findall(r"\bscratch_(?:load|store)", assembly)),
         len(AMD_ATOMIC.findall(assembly)),
-        _stream_width([width(instruction) for instruction in accesses]),
+        _stream_width(launched, map(width, accesses)),
         dict(sorted(accesses.items())),
     )
 
@@ -168,10 +180,11 @@ def _search(pattern: str, text: str) -> str:
 def kernel_resources(
     architecture: str, channels: int, spec: ConnectionSpec, dtype: torch.dtype, only: str | None = None
 ) -> list[KernelResources]:
-    """Compile every kernel of a chunk for `architecture`, or `only` the one of that name, and measure it."""
+    """Compile every kernel of a chunk and of its experts, or `only` the one of that name, and measure it."""
     require_compiler()
     read = amd_resources if architecture.startswith("gfx") else nvidia_resources
     launches = seam_launches(architecture, channels, spec, dtype)
+    launches += token_launches(architecture, channels, dtype)
     names = list(dict.fromkeys(launched.name for launched in launches))
     if only is not None and only not in names:
         raise ValueError(f"kernel {only!r} is not launched here: use one of {', '.join(names)}")

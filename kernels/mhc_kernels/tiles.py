@@ -7,6 +7,7 @@ results of a run do not depend on which tile happened to be fastest that day.
 
 from __future__ import annotations
 
+import functools
 from typing import NamedTuple
 
 
@@ -51,8 +52,9 @@ def power_of_two_at_least(value: int) -> int:
     return 1 << (value - 1).bit_length()
 
 
-def tiles_for(architecture: str, num_streams: int, channels: int) -> TileSet:
-    """The tile set; ValueError for an architecture that the table does not hold."""
+@functools.cache
+def tiles_for(architecture: str, num_streams: int, channels: int, item_bytes: int = 2) -> TileSet:
+    """The tile set for streams of `item_bytes` a value; ValueError for an unknown architecture."""
     if architecture not in ARCHITECTURES:
         raise ValueError(f"architecture {architecture!r} has no tiles: use one of {', '.join(ARCHITECTURES)}")
     bucket = next((width for width in WIDTH_BUCKETS if channels <= width), WIDTH_BUCKETS[-1])
@@ -62,11 +64,11 @@ def tiles_for(architecture: str, num_streams: int, channels: int) -> TileSet:
     row = power_of_two_at_least(channels)
     row_tokens = 2 if row <= 2048 else 1
     return TileSet(
-        post_project=_post_project(architecture, num_streams),
+        post_project=_post_project(architecture, num_streams, item_bytes),
         mix_pre=Tile(row_tokens, row, mix_warps),
         streams=Tile(8, 128, 4),
         backward_dots=Tile(1, row, row_warps),
-        backward_apply=_backward_apply(architecture, num_streams),
+        backward_apply=_backward_apply(architecture, num_streams, item_bytes),
         backward_phi=Tile(32, 128, 8) if num_streams > 4 else None,
         post_backward=Tile(16, 128, 8),
         project_splits=2,
@@ -74,18 +76,22 @@ def tiles_for(architecture: str, num_streams: int, channels: int) -> TileSet:
     )
 
 
-def _post_project(architecture: str, num_streams: int) -> Tile:
+def _post_project(architecture: str, num_streams: int, item_bytes: int) -> Tile:
     """At n = 8 the tiles of phi, 80 coefficients padded to 128, by 8 streams, leave no room in shared memory
-    for loads that run ahead."""
+    for loads that run ahead. Products of fp32 streams use no matrix unit; larger tiles of them spill."""
     if architecture.startswith("gfx"):
         return Tile(32, 32, 2) if num_streams <= 4 else Tile(16, 32, 2, num_stages=1)
+    if item_bytes > 2:
+        return Tile(32, 32, 8)
     return Tile(64, 32, 8, num_stages=3 if num_streams <= 4 else 1)
 
 
-def _backward_apply(architecture: str, num_streams: int) -> Tile:
+def _backward_apply(architecture: str, num_streams: int, item_bytes: int) -> Tile:
     """64 channels are the 64 rows that Hopper's and Blackwell's matrix units start from."""
     if architecture.startswith("gfx"):
         return Tile(16, 32, 2, num_stages=2 if num_streams <= 4 else 1)
+    if item_bytes > 2:
+        return Tile(16, 32, 8, num_stages=1)
     if num_streams > 4:
         return Tile(32, 64, 8, num_stages=1)
     return Tile(32, 64, 8, num_stages=2 if architecture == "sm_90" else 1)
@@ -97,3 +103,13 @@ def chunk_tokens(architecture: str, num_streams: int, channels: int, item_bytes:
     row_bytes = (2 * num_streams + 2) * channels * item_bytes
     chunks = L2_BYTES[architecture] // 2 // (row_bytes * CHUNK_MULTIPLE)
     return max(1, chunks) * CHUNK_MULTIPLE
+
+
+SWIGLU_TILE = Tile(1, 1024, 4)
+"""Eight neighbours to a thread: 128 bits of bf16."""
+
+
+def token_row_tile(channels: int) -> Tile:
+    """The row of one token or expert's choice, whatever the architecture: 16 values to a thread."""
+    row = power_of_two_at_least(channels)
+    return Tile(1, row, max(1, min(16, row // 512)))

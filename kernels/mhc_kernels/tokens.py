@@ -15,11 +15,10 @@ import torch.nn.functional as functional
 from torch import Tensor
 
 from mhc_kernels.ambient import on_its_gpu
-from mhc_kernels.tiles import power_of_two_at_least
+from mhc_kernels.tiles import SWIGLU_TILE, token_row_tile
 
 BLOCK_ROWS = 256
 """Rows handled at a time on CPUs, so that temporaries stay in the cache."""
-SWIGLU_BLOCK = 1024
 
 
 class Order(NamedTuple):
@@ -150,7 +149,7 @@ class _Permute(torch.autograd.Function):
         """A token's gradient is the sum over its rows: gathered, not scattered."""
         (place_TK,) = ctx.saved_tensors
         ones_TK = torch.ones(place_TK.shape, device=place_TK.device)
-        return _launch_unpermute(grads[0].contiguous(), ones_TK, place_TK), None, None
+        return launch_unpermute(grads[0].contiguous(), ones_TK, place_TK), None, None
 
 
 class _Unpermute(torch.autograd.Function):
@@ -158,7 +157,7 @@ class _Unpermute(torch.autograd.Function):
     def forward(ctx: Any, rows_RC: Tensor, weight_TK: Tensor, token_R: Tensor, place_TK: Tensor) -> Tensor:
         ctx.save_for_backward(rows_RC, weight_TK, token_R, place_TK)
         if rows_RC.is_cuda:
-            return _launch_unpermute(rows_RC.contiguous(), weight_TK.float().contiguous(), place_TK)
+            return launch_unpermute(rows_RC.contiguous(), weight_TK.float().contiguous(), place_TK)
         num_tokens, num_choices = place_TK.shape
         out_TC = rows_RC.new_empty(num_tokens, rows_RC.shape[1])
         for block in _blocks(num_tokens, BLOCK_ROWS // num_choices or 1):
@@ -172,7 +171,7 @@ class _Unpermute(torch.autograd.Function):
         rows_RC, weight_TK, token_R, place_TK = ctx.saved_tensors
         d_out_TC = grads[0].contiguous()
         if d_out_TC.is_cuda:
-            d_rows_RC, d_weight_TK = _launch_unpermute_backward(
+            d_rows_RC, d_weight_TK = launch_unpermute_backward(
                 rows_RC.contiguous(), weight_TK.float().contiguous(), place_TK, d_out_TC
             )
             return d_rows_RC, d_weight_TK.to(weight_TK.dtype), None, None
@@ -191,19 +190,20 @@ class _SwiGlu(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, gate_up_RD: Tensor) -> Tensor:
         ctx.save_for_backward(gate_up_RD)
-        return _launch_swiglu(gate_up_RD)
+        return launch_swiglu(gate_up_RD)
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> Any:
         (gate_up_RD,) = ctx.saved_tensors
-        return _launch_swiglu_backward(gate_up_RD, grads[0].contiguous())
+        return launch_swiglu_backward(gate_up_RD, grads[0].contiguous())
 
 
 @on_its_gpu
-def _launch_unpermute(rows_RC: Tensor, weight_TK: Tensor, place_TK: Tensor) -> Tensor:
+def launch_unpermute(rows_RC: Tensor, weight_TK: Tensor, place_TK: Tensor) -> Tensor:
     from mhc_kernels.device.tokens import unpermute_kernel
 
     (num_tokens, num_choices), channels = place_TK.shape, rows_RC.shape[1]
+    tile = token_row_tile(channels)
     out_TC = rows_RC.new_empty(num_tokens, channels)
     if num_tokens:
         unpermute_kernel[(num_tokens,)](
@@ -213,18 +213,20 @@ def _launch_unpermute(rows_RC: Tensor, weight_TK: Tensor, place_TK: Tensor) -> T
             out_TC,
             C=channels,
             K=num_choices,
-            BLOCK_C=power_of_two_at_least(channels),
+            BLOCK_C=tile.channels,
+            num_warps=tile.num_warps,
         )
     return out_TC
 
 
 @on_its_gpu
-def _launch_unpermute_backward(
+def launch_unpermute_backward(
     rows_RC: Tensor, weight_TK: Tensor, place_TK: Tensor, d_out_TC: Tensor
 ) -> tuple[Tensor, Tensor]:
     from mhc_kernels.device.tokens import unpermute_backward_kernel
 
     (num_tokens, num_choices), channels = place_TK.shape, rows_RC.shape[1]
+    tile = token_row_tile(channels)
     d_rows_RC, d_weight_TK = torch.empty_like(rows_RC), torch.empty_like(weight_TK)
     if num_tokens:
         unpermute_backward_kernel[(num_tokens,)](
@@ -236,30 +238,38 @@ def _launch_unpermute_backward(
             d_weight_TK,
             C=channels,
             K=num_choices,
-            BLOCK_C=power_of_two_at_least(channels),
+            BLOCK_C=tile.channels,
+            num_warps=tile.num_warps,
         )
     return d_rows_RC, d_weight_TK
 
 
 @on_its_gpu
-def _launch_swiglu(gate_up_RD: Tensor) -> Tensor:
+def launch_swiglu(gate_up_RD: Tensor) -> Tensor:
     from mhc_kernels.device.tokens import swiglu_kernel
 
     rows, width = gate_up_RD.shape[0], gate_up_RD.shape[1] // 2
     out_RD = gate_up_RD.new_empty(rows, width)
     if rows:
-        swiglu_kernel[(rows, -(-width // SWIGLU_BLOCK))](gate_up_RD, out_RD, C=width, BLOCK_C=SWIGLU_BLOCK)
+        swiglu_kernel[(rows, -(-width // SWIGLU_TILE.channels))](
+            gate_up_RD, out_RD, C=width, BLOCK_C=SWIGLU_TILE.channels, num_warps=SWIGLU_TILE.num_warps
+        )
     return out_RD
 
 
 @on_its_gpu
-def _launch_swiglu_backward(gate_up_RD: Tensor, d_out_RD: Tensor) -> Tensor:
+def launch_swiglu_backward(gate_up_RD: Tensor, d_out_RD: Tensor) -> Tensor:
     from mhc_kernels.device.tokens import swiglu_backward_kernel
 
     rows, width = d_out_RD.shape
     d_gate_up_RD = torch.empty_like(gate_up_RD)
     if rows:
-        swiglu_backward_kernel[(rows, -(-width // SWIGLU_BLOCK))](
-            gate_up_RD, d_out_RD, d_gate_up_RD, C=width, BLOCK_C=SWIGLU_BLOCK
+        swiglu_backward_kernel[(rows, -(-width // SWIGLU_TILE.channels))](
+            gate_up_RD,
+            d_out_RD,
+            d_gate_up_RD,
+            C=width,
+            BLOCK_C=SWIGLU_TILE.channels,
+            num_warps=SWIGLU_TILE.num_warps,
         )
     return d_gate_up_RD

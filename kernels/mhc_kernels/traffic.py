@@ -206,7 +206,7 @@ def measure_chunked(channels: int, spec: ConnectionSpec, dtype: torch.dtype) -> 
     devices = []
     for architecture in ARCHITECTURES:
         tokens = chunk_tokens(architecture, spec.num_streams, channels, item_bytes)
-        tiles = tiles_for(architecture, spec.num_streams, channels)
+        tiles = tiles_for(architecture, spec.num_streams, channels, item_bytes)
         apply_blocks = -(-channels // tiles.backward_apply.channels)
         devices.append(
             {

@@ -26,4 +26,4 @@ def device_architecture(device: torch.device) -> str:
 def tiles_of(streams_TNC: Tensor) -> TileSet:
     """The tiles of these streams on their device."""
     _, n, channels = streams_TNC.shape
-    return tiles_for(device_architecture(streams_TNC.device), n, channels)
+    return tiles_for(device_architecture(streams_TNC.device), n, channels, streams_TNC.element_size())

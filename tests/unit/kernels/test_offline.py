@@ -13,6 +13,7 @@ from mhc_kernels.seam import ConnectionSpec, make_backend
 from mhc_kernels.tiles import ARCHITECTURES, WIDTH_BUCKETS, chunk_tokens, tiles_for
 
 SPEC = ConnectionSpec(num_streams=4)
+TOKEN_KERNELS = {"unpermute", "unpermute_backward", "swiglu", "swiglu_backward"}
 KERNELS = {
     "project",
     "post_project",
@@ -39,6 +40,8 @@ def test_a_chunk_launches_every_kernel_of_the_set(architecture: str) -> None:
     which goes on from chunk to chunk."""
     launches = offline.seam_launches(architecture, 1280, SPEC, num_tokens=130)
     assert {launched.name for launched in launches} == KERNELS
+    launches = offline.token_launches(architecture, 1280, torch.bfloat16)
+    assert {launched.name for launched in launches} == TOKEN_KERNELS
     launches = offline.seam_launches(architecture, 1280, ConnectionSpec(num_streams=8), num_tokens=130)
     assert {launched.name for launched in launches} == KERNELS - {
         "backward_apply",
@@ -129,6 +132,16 @@ def test_every_kernel_fits(architecture: str, channels: int) -> None:
     """Oracle: disassembly by the vendor's tools, at every promised width."""
     for report in resources.kernel_resources(architecture, channels, SPEC, torch.bfloat16):
         check_fits(report, architecture)
+
+
+@pytest.mark.long
+@pytest.mark.timeout(1200)
+@pytest.mark.parametrize("architecture", ["sm_90", "sm_100"])
+@pytest.mark.parametrize(("n", "channels"), [(2, 192), (4, 16), (4, 1280), (4, 7168), (8, 512)])
+def test_every_kernel_fits_with_streams_in_fp32(architecture: str, n: int, channels: int) -> None:
+    """Oracle: disassembly by the vendor's tools. Accesses may be narrower than 128 bits there."""
+    for report in resources.kernel_resources(architecture, channels, ConnectionSpec(n), torch.float32):
+        assert report.misfits(architecture) == [], report
 
 
 @pytest.mark.long

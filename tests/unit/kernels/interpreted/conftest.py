@@ -24,9 +24,9 @@ def nan_filled(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device)
     return torch.full(tuple(shape), float("nan"), dtype=dtype, device=device)
 
 
-def quick_tiles(architecture: str, num_streams: int, channels: int) -> TileSet:
+def quick_tiles(architecture: str, num_streams: int, channels: int, item_bytes: int = 2) -> TileSet:
     """Larger tiles than the table's: the interpreter pays per program and operation, not per element."""
-    return _retiled(tiles_for(architecture, num_streams, channels), 64, 128)
+    return _retiled(tiles_for(architecture, num_streams, channels, item_bytes), 64, 128)
 
 
 def _retiled(tiles: TileSet, tokens: int, channels: int) -> TileSet:
@@ -54,8 +54,8 @@ def poisoned(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 def many_programs(poisoned: None, monkeypatch: pytest.MonkeyPatch) -> None:
     """Small tiles, where it matters that there are several programs along every axis of the grids."""
 
-    def small_tiles(architecture: str, num_streams: int, channels: int) -> TileSet:
-        return _retiled(tiles_for(architecture, num_streams, channels), 16, 32)
+    def small_tiles(architecture: str, num_streams: int, channels: int, item_bytes: int = 2) -> TileSet:
+        return _retiled(tiles_for(architecture, num_streams, channels, item_bytes), 16, 32)
 
     monkeypatch.setattr(architecture, "tiles_for", small_tiles)
 

@@ -3,17 +3,13 @@
 from __future__ import annotations
 
 import itertools
-import json
-from collections.abc import Callable, Sequence
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 import torch
-from mhc_kernels import gpu_check, interpreted, tiles, triton_backend
+from mhc_kernels import interpreted, tiles, triton_backend
 from mhc_kernels.function_backend import FunctionBackend
-from mhc_kernels.launch import recompute
-from mhc_kernels.seam import ConnectionSpec, Kept, Mixing, Regenerated, SeamBackend
+from mhc_kernels.seam import ConnectionSpec, Mixing, SeamBackend
 
 from tests.unit.kernels.seam_cases import (
     ALL_SPECS,
@@ -161,41 +157,6 @@ def test_chunked_crossings_change_no_bit(backend: SeamBackend, monkeypatch: pyte
         assert same or (name.startswith(("phi", "gain")) and relative_error(grad, expected[name]) < 1e-6), (
             name
         )
-
-
-@pytest.mark.timeout(300)
-def test_the_checks_for_a_gpu_run(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """Oracle: the tests above, which these kernels pass: so they must pass the checks that wait for a GPU.
-    With a recompute that is wrong they must fail."""
-    monkeypatch.setattr(tiles, "chunk_tokens", lambda *_: 64)
-    spec = ConnectionSpec(num_streams=2, sinkhorn_iterations=2)
-    plan = gpu_check.Plan(
-        "cpu",
-        [(spec, 32)],
-        [(spec, 32)],
-        num_tokens=17,
-        token_rows=(20, 48),
-        timed_channels=[32],
-        timed_tokens=17,
-    )
-
-    def once(action: Callable[[], object]) -> float:
-        action()
-        return 2.0
-
-    assert gpu_check.check_device(plan, "No Device", tmp_path, once) == 0
-    report = json.loads((tmp_path / "gpu_no_device.json").read_text())
-    assert [case["backend"] for case in report["cases"]] == 2 * ["triton", "triton in chunks"]
-    assert all(case["recompute_bit_equal"] and case["deterministic"] for case in report["cases"])
-    assert report["timings"][0]["triton_forward_ms"] == 2.0
-    right = recompute.recompute_block
-
-    def wrong(streams_TNC: torch.Tensor, kept: Sequence[Kept]) -> list[Regenerated]:
-        return [Regenerated(x_TNC, h_TC + 1) for x_TNC, h_TC in right(streams_TNC, kept)]
-
-    monkeypatch.setattr(recompute, "recompute_block", wrong)
-    short = plan._replace(chunked_cases=(), dtypes=(torch.bfloat16,), timed_channels=())
-    assert gpu_check.check_device(short, "No Device", tmp_path, once) == 1
 
 
 def test_no_tokens(backend: SeamBackend) -> None:

@@ -17,8 +17,8 @@ def test_unpermute_kernels() -> None:
     theirs = tokens.unpermute(rows_RC, weight_TK, order)
     d_out_TC = torch.randn(7, 48)
     with interpreted.counted_traffic(), torch.no_grad():
-        ours = tokens._launch_unpermute(rows_RC, weight_TK, order.place_TK)
-        gradients = tokens._launch_unpermute_backward(rows_RC, weight_TK, order.place_TK, d_out_TC)
+        ours = tokens.launch_unpermute(rows_RC, weight_TK, order.place_TK)
+        gradients = tokens.launch_unpermute_backward(rows_RC, weight_TK, order.place_TK, d_out_TC)
     torch.testing.assert_close(ours, theirs)
     for a, b in zip(gradients, torch.autograd.grad(theirs, (rows_RC, weight_TK), d_out_TC), strict=True):
         torch.testing.assert_close(a, b)

@@ -24,8 +24,8 @@ CHANNELS = 64
 def _few_programs(monkeypatch: pytest.MonkeyPatch) -> None:
     """The interpreter pays per program; the number of tokens per row program does not change unique bytes."""
 
-    def quick_tiles(architecture: str, num_streams: int, channels: int) -> TileSet:
-        tiles = tiles_for(architecture, num_streams, channels)
+    def quick_tiles(architecture: str, num_streams: int, channels: int, item_bytes: int = 2) -> TileSet:
+        tiles = tiles_for(architecture, num_streams, channels, item_bytes)
         row = tiles.mix_pre.channels
         return tiles._replace(mix_pre=Tile(16, row, 4), backward_dots=Tile(16, row, 4))
 
@@ -48,7 +48,8 @@ def check_formula(num_streams: int, mixing: Mixing, dtype: torch.dtype) -> None:
     n = num_streams
     backward = 4 * n + 4 + (n if n == 8 else 0)
     assert streams == {"forward": 3 * n + 2, "backward": backward, "recompute": n + 2}
-    tiles, item = architecture.tiles_for("sm_90", n, CHANNELS), torch.empty(0, dtype=dtype).element_size()
+    item = dtype.itemsize
+    tiles = architecture.tiles_for("sm_90", n, CHANNELS, item)
     spec = ConnectionSpec(num_streams=n, mixing=mixing)
     expected = {
         "forward": formula.forward(CHANNELS, spec, tiles, item),
