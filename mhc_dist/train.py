@@ -44,7 +44,7 @@ from mhc_dist.observe.reporter import RunReporter, StepFigures, monitored
 from mhc_dist.parallel.agreement import check_agreement
 from mhc_dist.parallel.expert_balance import balance_routers
 from mhc_dist.parallel.join import Place, join_run, versions
-from mhc_dist.parallel.process_groups import ProcessGroups, destroy, run_store
+from mhc_dist.parallel.process_groups import ProcessGroups, abandon, destroy, run_store
 from mhc_dist.parallel.roll_call import RollCallError
 from mhc_dist.plan.device_peak import device_peak_flops
 from mhc_dist.plan.run_programs import RunPrograms, plan_run
@@ -110,7 +110,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except Exception as error:
         # Whatever it was, the other ranks know already (PeerWatch); here the user learns where.
         traceback.print_exc()
-        return last_words.leave(ExitCode.ERROR, f"{type(error).__name__}: {error}", said=True)
+        code = last_words.leave(ExitCode.ERROR, f"{type(error).__name__}: {error}", said=True)
+        abandon()
+        return code
     finally:
         inbox.close()
         destroy()

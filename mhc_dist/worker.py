@@ -82,7 +82,7 @@ class Worker:
             device,
             streams,
         )
-        engine = OptimizerEngine(stage, config, topology)
+        engine = OptimizerEngine(stage, config, topology, streams)
         peers = {rank: topology.rank_of(rank, topology.data_rank) for rank in range(topology.pipeline)}
         num_tokens = config.data.sequences_per_microbatch * config.data.sequence_length
         dtype = STREAM_DTYPE[config.train.precision]

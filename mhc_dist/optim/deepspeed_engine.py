@@ -38,7 +38,7 @@ from mhc_dist.optim.deepspeed_layout import DataParallelLayout
 from mhc_dist.optim.gradient_norm import norm_of_whole_model
 from mhc_dist.optim.learning_rate import learning_rate
 from mhc_dist.optim.parameter_groups import ParameterGroup
-from mhc_dist.optim.reduction import Reduction, ReductionUnderWay
+from mhc_dist.optim.reduction import Clock, Reduction, ReductionUnderWay
 from mhc_dist.topology import Topology
 
 if not torch.cuda.is_available():
@@ -116,7 +116,8 @@ def check_contract(
 class FlatOptimizer(BF16_Optimizer):  # type: ignore[misc]
     """BF16_Optimizer's layout (flat parameters, fp32 masters and gradients), any dtype, own reduce and step.
 
-    `reduce_groups[i]` replicates parameter group i; `data_size` is the number of data ranks to average over.
+    `reduce_groups[i]` replicates parameter group i; `data_size` is the number of data ranks to average over;
+    `clock` times the waits for other ranks.
     """
 
     def __init__(
@@ -126,10 +127,13 @@ class FlatOptimizer(BF16_Optimizer):  # type: ignore[misc]
         reduce_groups: list[dist.ProcessGroup],
         data_size: int,
         clip: float,
+        clock: Clock,
     ) -> None:
         self._reduce_groups = reduce_groups
+        self._clock = clock
         self._data_size = data_size
         self._under_way: ReductionUnderWay | None = None
+        self._awaited: ReductionUnderWay | None = None
         self.reduction = Reduction()
         self.is_reduced = False
         self.losses: Sequence[Tensor] = ()
@@ -167,12 +171,13 @@ class FlatOptimizer(BF16_Optimizer):  # type: ignore[misc]
             self.fp32_groups_gradient_flat_partition,
             self.fp32_groups_gradients_flat,
             self.real_dp_process_group,
+            self._clock,
         )
 
     def wait_for_reduction(self) -> None:
         if self._under_way is not None:
-            self.reduction = self._under_way.wait()
-            self._under_way = None
+            self._under_way.wait()
+            self._awaited, self._under_way = self._under_way, None
 
     @torch.no_grad()
     def step(self, closure: None = None) -> None:
@@ -182,8 +187,10 @@ class FlatOptimizer(BF16_Optimizer):  # type: ignore[misc]
         gradients = self.fp32_groups_gradient_flat_partition
         # One host sync a step: clipping and skipping are decided here, the norm is reported.
         norm, self.losses_finite, self.waited_seconds = norm_of_whole_model(
-            gradients, self.losses, self._data_size
+            gradients, self.losses, self._data_size, self._clock
         )
+        assert self._awaited is not None, "the reduction was awaited above"
+        self.reduction = self._awaited.cost()
         self._global_grad_norm = norm
         self.overflow = not (math.isfinite(norm) and self.losses_finite)
         if self.overflow:
@@ -251,6 +258,7 @@ def build_engine(
     groups: Sequence[ParameterGroup],
     data_group: dist.ProcessGroup,
     expert_data_group: dist.ProcessGroup,
+    clock: Clock,
 ) -> _Engine:
     """DeepSpeed's engine around `module` with a `FlatOptimizer` of `groups`, built from `options`."""
     optim, device = config.optim, groups[0].parameters[0].device
@@ -280,7 +288,7 @@ def build_engine(
 
     def build_optimizer(model_parameters: object) -> FlatOptimizer:
         with _lean_construction():
-            return FlatOptimizer(basic, names, reduce_groups, topology.data, optim.gradient_clipping)
+            return FlatOptimizer(basic, names, reduce_groups, topology.data, optim.gradient_clipping, clock)
 
     with contextlib.redirect_stdout(io.StringIO()):
         deepspeed.init_distributed(dist.get_backend(), auto_mpi_discovery=False, verbose=False)

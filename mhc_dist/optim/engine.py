@@ -16,7 +16,7 @@ from mhc_dist.optim.engine_state import EngineState, FlatGroup, ParameterState, 
 from mhc_dist.optim.learning_rate import learning_rate
 from mhc_dist.optim.main_gradients import connect_parameters
 from mhc_dist.optim.parameter_groups import cast_to_bf16, parameter_groups
-from mhc_dist.optim.reduction import Reduction, open_groups
+from mhc_dist.optim.reduction import Clock, HostClock, Reduction, open_groups
 from mhc_dist.optim.replicas import check_replicas
 from mhc_dist.parallel.process_groups import create_group
 from mhc_dist.topology import Topology
@@ -46,10 +46,12 @@ class OptimizerEngine:
     Building it and calling `reduce_gradients`, `finish_step`, `reduced_gradients`, `export_state` is
     collective over the world. Every parameter gets the attribute `gradient_sum()`: its fp32 main gradient,
     for whoever computes a weight gradient to add to; what autograd delivers instead is moved there by a
-    hook, and `parameter.grad` stays None.
+    hook, and `parameter.grad` stays None. `clock` times the waits for other ranks; by default the host's.
     """
 
-    def __init__(self, module: nn.Module, config: RunConfig, topology: Topology) -> None:
+    def __init__(
+        self, module: nn.Module, config: RunConfig, topology: Topology, clock: Clock | None = None
+    ) -> None:
         check_contract()
         topology.check()
         topology.check_world_size(dist.get_world_size())
@@ -74,7 +76,14 @@ class OptimizerEngine:
         open_groups([data_group, expert_data_group], self._groups[0].parameters[0].device)
         self._num_steps = 0
         self._engine = build_engine(
-            module, options, config, topology, self._groups, data_group, expert_data_group
+            module,
+            options,
+            config,
+            topology,
+            self._groups,
+            data_group,
+            expert_data_group,
+            clock or HostClock(),
         )
         optimizer: FlatOptimizer = self._engine.optimizer
         self._optimizer = optimizer

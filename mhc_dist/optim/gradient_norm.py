@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
-import time
 from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+
+from mhc_dist.optim.reduction import Clock
 
 
 class GradientNorm(NamedTuple):
@@ -21,7 +22,7 @@ class GradientNorm(NamedTuple):
 
 
 def norm_of_whole_model(
-    gradients: Sequence[Tensor], losses: Sequence[Tensor], data_size: int
+    gradients: Sequence[Tensor], losses: Sequence[Tensor], data_size: int, clock: Clock
 ) -> GradientNorm:
     """Norm of the mean gradient of all parameters of all stages, collective over the world.
 
@@ -34,9 +35,11 @@ def norm_of_whole_model(
     for loss in losses:
         bad_losses += ~loss.isfinite().all()
     facts = torch.stack([squares, bad_losses])
-    # The one point of a step where every rank waits for the slowest of all.
-    start = time.perf_counter()
+    # The one point of a step where every rank waits for the slowest of all. The host of a device gets here
+    # long before it, so its own time would count this rank's backward as waiting.
+    marks = [clock.mark()]
     dist.all_reduce(facts)
+    marks.append(clock.mark())
     total, num_bad_losses = facts.tolist()
-    waited_seconds = time.perf_counter() - start
-    return GradientNorm(math.sqrt(total) / data_size, num_bad_losses == 0, waited_seconds)
+    began, ended = clock.seconds(marks)
+    return GradientNorm(math.sqrt(total) / data_size, num_bad_losses == 0, ended - began)

@@ -3,13 +3,33 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from time import perf_counter
-from typing import NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+
+
+class Clock(Protocol):
+    """When this rank got to a point of its work; on a device, when the device did. `Streams` are one."""
+
+    def mark(self) -> Any: ...
+
+    def seconds(self, marks: Sequence[Any]) -> list[float]:
+        """Times of the marks; waits for the last of them."""
+        ...
+
+
+class HostClock:
+    """For work that is over when its call returns."""
+
+    def mark(self) -> float:
+        return perf_counter()
+
+    def seconds(self, marks: Sequence[float]) -> list[float]:
+        return list(marks)
 
 
 def open_groups(groups: Sequence[dist.ProcessGroup], device: torch.device) -> None:
@@ -19,7 +39,7 @@ def open_groups(groups: Sequence[dist.ProcessGroup], device: torch.device) -> No
     """
     partitions = [torch.zeros(1, device=device) for _ in groups]
     flats = [torch.zeros(dist.get_world_size(group), device=device) for group in groups]
-    ReductionUnderWay.start(partitions, flats, groups).wait()
+    ReductionUnderWay.start(partitions, flats, groups, HostClock()).wait()
     torch.cat(partitions).tolist()  # on a device, the wait above is not the host's
 
 
@@ -31,34 +51,43 @@ class Reduction(NamedTuple):
     num_bytes: int = 0
 
 
-@dataclass(frozen=True)
+@dataclass
 class ReductionUnderWay:
     """Reduce-scatters of all flat buffers, started together."""
 
     works: list[dist.Work]
-    started: float
     num_bytes: int
+    clock: Clock
+    marks: list[Any] = field(default_factory=list)
 
     @classmethod
     def start(
-        cls, partitions: Sequence[Tensor], flats: Sequence[Tensor], groups: Sequence[dist.ProcessGroup]
+        cls,
+        partitions: Sequence[Tensor],
+        flats: Sequence[Tensor],
+        groups: Sequence[dist.ProcessGroup],
+        clock: Clock,
     ) -> ReductionUnderWay:
         """`partitions[i]` (numel / size of `groups[i]`,) gets its part of the sum of `flats[i]`, in place.
 
         A rank sends all of a buffer but its own part.
         """
-        started, works, num_bytes = perf_counter(), [], 0
+        marks, works, num_bytes = [clock.mark()], [], 0
         for partition, flat, group in zip(partitions, flats, groups, strict=True):
             if partition.numel() == flat.numel():
                 continue  # nobody else holds these parameters
             works.append(dist.reduce_scatter_single(partition, flat, group=group, async_op=True))
             num_bytes += (flat.numel() - partition.numel()) * flat.element_size()
-        return cls(works, started, num_bytes)
+        return cls(works, num_bytes, clock, marks)
 
-    def wait(self) -> Reduction:
-        """Block until all sums are there."""
-        waiting = perf_counter()
+    def wait(self) -> None:
+        """What this rank computes from now on comes after all sums. On a device the host waits for none."""
+        self.marks.append(self.clock.mark())
         for work in self.works:
             work.wait()
-        now = perf_counter()
-        return Reduction(now - self.started, now - waiting, self.num_bytes)
+        self.marks.append(self.clock.mark())
+
+    def cost(self) -> Reduction:
+        """What it cost. Waits for the sums: ask when they are known to be there."""
+        started, waiting, ended = self.clock.seconds(self.marks)
+        return Reduction(ended - started, ended - waiting, self.num_bytes)

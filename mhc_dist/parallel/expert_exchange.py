@@ -37,23 +37,28 @@ class ArrivalPlan(NamedTuple):
 
 @dataclass
 class _Pending:
-    """An exchange on its way; without a flight where a rank is its own expert group."""
+    """An exchange on its way; without a flight where a rank is its own expert group: what it sends is there
+    as soon as it is issued.
+    """
 
     streams: Streams
     flight: Flight | None
     load: ExchangeLoad
-    token: Token = None
+    token: Token = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.token = self.streams.position() if self.flight is None else None
 
     def land(self) -> None:
-        self.token = self.streams.position() if self.flight is None else self.flight.land()
+        if self.flight is not None:
+            self.token = self.flight.land()
 
 
 @dataclass
 class PendingCounts(_Pending):
     """Row counts on their way. `wait` is the one point per layer where the host needs device data.
 
-    What it waits for is the urgent stream, which has nothing to do but this: compute work that is queued
-    already goes on.
+    It waits for these counts and for nothing that is queued already, on whatever stream.
     """
 
     sent_GE: Tensor = field(kw_only=True)
@@ -61,7 +66,7 @@ class PendingCounts(_Pending):
 
     def wait(self) -> ArrivalPlan:
         self.land()
-        plan = self.streams.urgently(plan_arrival, self.sent_GE, self.received_GE, after=[self.token])
+        plan = self.streams.answer(plan_arrival, self.sent_GE, self.received_GE, after=self.token)
         self.token = self.streams.position()
         return plan
 

@@ -18,6 +18,7 @@ import torch
 import torch.distributed as dist
 from torch._C._distributed_c10d import PrefixStore, Store, TCPStore
 
+from mhc_dist.parallel.cuda_settings import cuda_settings
 from mhc_dist.topology import Topology
 
 
@@ -48,7 +49,8 @@ def init_distributed(
 
     `auto` takes nccl where a GPU is visible and gloo elsewhere. `store` is the one that `open_store` gave; by
     default it is opened here. Exports the rank variables that torch and DeepSpeed read. A world of one needs
-    neither network nor port. Raises ValueError when the device or the port cannot be had.
+    neither network nor port. Raises ValueError when the device or the port cannot be had, and for variables
+    with which NCCL would hang.
     """
     chosen = ("nccl" if torch.cuda.is_available() else "gloo") if backend == "auto" else backend
     device = _device(chosen, environment)
@@ -128,6 +130,16 @@ def destroy() -> None:
         dist.destroy_process_group()
 
 
+def abandon() -> None:
+    """Leave a world in which something went wrong: what is still under way has lost its other end.
+
+    `destroy` would wait for it, for ever or until NCCL's own watchdog kills the process.
+    """
+    if dist.is_initialized():
+        # Private, but torch's only call for this.
+        dist.distributed_c10d._abort_process_group()
+
+
 def _device(backend: str, environment: RankPlace) -> torch.device:
     if backend == "gloo":
         return torch.device("cpu")
@@ -138,27 +150,50 @@ def _device(backend: str, environment: RankPlace) -> torch.device:
             f"local rank {environment.local_rank} has no GPU of its own: {torch.cuda.device_count()} are"
             f" visible for {environment.local_world_size} processes. Start at most one process per GPU."
         )
+    os.environ.update(cuda_settings(os.environ))
     device = torch.device("cuda", environment.local_rank)
     torch.cuda.set_device(device)
     return device
 
 
 def create_group(
-    all_ranks: Sequence[Sequence[int]], rank: int, timeout_seconds: float, backend: str | None = None
+    all_ranks: Sequence[Sequence[int]],
+    rank: int,
+    timeout_seconds: float,
+    backend: str | None = None,
+    *,
+    urgent: bool = False,
 ) -> dist.ProcessGroup:
     """Create one group per entry of `all_ranks` and return the one that holds `rank`.
 
-    Collective over the world: every rank calls it with the same list. The timeout is given explicitly
-    because torch would fall back to 30 minutes, not to the timeout of the world.
+    Collective over the world: every rank calls it with the same list. urgent: as in `_new_group`.
     """
-    timeout = datetime.timedelta(seconds=timeout_seconds)
     own: dist.ProcessGroup | None = None
     for ranks in all_ranks:
-        group = dist.new_group(list(ranks), timeout=timeout, backend=backend)
+        group = _new_group(ranks, timeout_seconds, backend, urgent=urgent)
         if rank in ranks:
             own = group
     assert own is not None, f"rank {rank} is in none of {all_ranks}"
     return own
+
+
+def _new_group(
+    ranks: Sequence[int], timeout_seconds: float, backend: str | None = None, *, urgent: bool
+) -> dist.ProcessGroup:
+    """A group; the timeout is given because torch would fall back to 30 minutes, not to that of the world.
+
+    urgent: on a GPU its kernels get the next free multiprocessors. Others wait until the compute that is
+    queued has been through, so that there is nothing left to overlap with.
+    """
+    timeout = datetime.timedelta(seconds=timeout_seconds)
+    options = None
+    if urgent and (backend or dist.get_backend()) == dist.Backend.NCCL:
+        options = dist.ProcessGroupNCCL.Options(is_high_priority_stream=True)
+        options._timeout = timeout  # what torch would set it to, with a warning that it did
+    group: dist.ProcessGroup = dist.new_group(
+        list(ranks), timeout=timeout, backend=backend, pg_options=options
+    )
+    return group
 
 
 def open_group(group: dist.ProcessGroup, device: torch.device) -> None:
@@ -208,15 +243,14 @@ class ProcessGroups:
                 f"topology of rank {topology.rank} on rank {dist.get_rank()}. Use topology.at(rank)."
             )
         rank = topology.rank
-        timeout = datetime.timedelta(seconds=timeout_seconds)
         experts = topology.all_expert_groups()
         # Every rank creates every group, in this order; only members keep them.
-        expert_forward = create_group(experts, rank, timeout_seconds)
-        expert_backward = create_group(experts, rank, timeout_seconds)
+        expert_forward = create_group(experts, rank, timeout_seconds, urgent=True)
+        expert_backward = create_group(experts, rank, timeout_seconds, urgent=True)
         data = create_group(topology.all_data_groups(), rank, timeout_seconds)
         channels: dict[tuple[int, int], dist.ProcessGroup] = {}
         for pair in topology.all_channels(links):
-            group = dist.new_group(list(pair), timeout=timeout)
+            group = _new_group(pair, timeout_seconds, urgent=True)
             if rank in pair:
                 channels[pair] = group
         world = [range(topology.world_size)]

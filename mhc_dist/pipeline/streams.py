@@ -9,8 +9,8 @@
     lanes     one per communicator: its transfers run in order, and different lanes never wait for each other
 
 Streams meet at events. While phases run the host waits for none of them, with one exception per expert layer:
-how many rows arrive decides the sizes of buffers (`PendingCounts`), and that wait is for the stream of answers
-alone.
+how many rows arrive decides the sizes of buffers (`PendingCounts`), and that wait is for the stream of
+answers alone.
 
 Memory follows three rules, which `hazards` proves of recorded runs. A transfer's buffers are marked as used
 on its lane, which keeps them until it has ended, because a gradient may come from the urgent stream's memory.

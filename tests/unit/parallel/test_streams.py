@@ -45,8 +45,9 @@ def test_every_access_is_ordered_over_steps(
 
 
 def check_log(log: list[Entry]) -> None:
-    lanes = {entry.stream for entry in log if isinstance(entry, Launch)}
-    assert {"compute", "urgent", "exchange F", "exchange B", "message 0>1", "message 1>0"} == lanes
+    streams = {entry.stream for entry in log if isinstance(entry, Launch)}
+    lanes = {"exchange F", "exchange B", "message 0>1", "message 1>0"}
+    assert streams == {"compute", "urgent", "answers"} | lanes
     hazards = find_hazards(log)
     assert not hazards, "\n".join(map(str, hazards[:5]))
 
@@ -69,7 +70,7 @@ def test_autograd_orders_streams_only_where_gradients_change_them() -> None:
     x = torch.ones(3, requires_grad=True)
     with recorder:
         streams = RecordedStreams(recorder)
-        (y,) = streams.urgently(lambda given: (given.mul(2.0).exp(),), x.mul(5.0), after=[])
+        (y,) = streams.urgently(lambda given: (given.mul(2.0).exp(),), x.mul(5.0))
         begun = len(recorder.log)
         y.mul(7.0).backward(torch.ones(3))
     ran = [
@@ -102,11 +103,11 @@ def test_every_dropped_event_that_matters_is_missed(log: list[Entry]) -> None:
     """Oracle: what each kind of wait is for. Dropped one by one, these must be caught:
 
     a lane's for the data it sends and the memory it receives into; compute's for what has arrived and for the
-    urgent stream; the urgent stream's for what it reads. Not those that others imply: a send's landing, once
-    a step, frees memory of which the allocator knows, and the urgent stream awaits the counts' landing, too.
+    streams beside it; theirs for what they read. Not those that others imply: a send's landing, once a step,
+    frees memory of which the allocator knows, and compute comes after what the streams beside it awaited.
     """
     assert not find_hazards(log)
-    awaited_urgently = {e.event for e in log if isinstance(e, Wait) and e.stream == "urgent"}
+    awaited_beside = {e.event for e in log if isinstance(e, Wait) and e.stream in ("urgent", "answers")}
     groups: dict[tuple[str, ...], list[list[int]]] = {}
     section: list[int] = []
     for position, entry in enumerate(log):
@@ -118,14 +119,16 @@ def test_every_dropped_event_that_matters_is_missed(log: list[Entry]) -> None:
         match entry.site, entry.stream:
             case "transfer", lane:
                 groups.setdefault(("transfer", lane), []).append([position])
-            case "land", _ if source != "message 0>1" and entry.event not in awaited_urgently:
+            case "land", _ if source != "message 0>1" and entry.event not in awaited_beside:
                 groups.setdefault(("land", source), []).append([position])
-            case "urgently", "compute":
-                groups.setdefault(("urgently", "compute"), []).append([position])
-            case "urgently", "urgent":
+            case "_beside", "compute":
+                groups.setdefault(("after", source), []).append([position])
+            case "_beside", "answers":
+                groups.setdefault(("before", "answers"), []).append([position])
+            case "_beside", "urgent":
                 # Tokens of one section may imply each other: together they matter.
                 if not section:
-                    groups.setdefault(("urgently", "urgent"), []).append(section)
+                    groups.setdefault(("before", "urgent"), []).append(section)
                 section.append(position)
     assert {
         ("transfer", "exchange F"),
@@ -135,13 +138,29 @@ def test_every_dropped_event_that_matters_is_missed(log: list[Entry]) -> None:
         ("land", "exchange F"),
         ("land", "exchange B"),
         ("land", "message 1>0"),
-        ("urgently", "compute"),
-        ("urgently", "urgent"),
+        ("after", "urgent"),
+        ("after", "answers"),
+        ("before", "urgent"),
+        ("before", "answers"),
     } == set(groups)
     for group, dropped in groups.items():
         for positions in dropped:
             mutated = [entry for position, entry in enumerate(log) if position not in positions]
             assert find_hazards(mutated), f"{group}: nothing noticed that entries {positions} are gone"
+
+
+@pytest.mark.parametrize(("schedule", "cluster"), [("1f1b", None), ("dualpipev", "laptop")])
+def test_the_host_waits_for_counts_and_nothing_else(schedule: str, cluster: str | None) -> None:
+    """Oracle: the log. What the host asks for is alone on its stream, which waits for exchanges of counts:
+    for nothing that was queued since they left, such as a backward of post/res on the urgent stream.
+    """
+    log, _ = record(recorded_config(schedule, "mhc", cluster), 1)
+    answers = [entry for entry in log if isinstance(entry, Launch | Wait) and entry.stream == "answers"]
+    awaited = [source_of(log, entry) for entry in answers if isinstance(entry, Wait)]
+    assert set(awaited) == {"exchange F"}
+    plans = [entry for entry in answers if isinstance(entry, Launch) and "sort" in entry.name]
+    assert len(plans) == len(awaited), "one plan after each wait"
+    assert any(isinstance(entry, Launch) and entry.stream == "urgent" for entry in log)
 
 
 def test_compute_waits_for_no_receiver() -> None:
@@ -234,6 +253,7 @@ def test_a_transfer_on_cuda(cuda: _Cuda) -> None:
     assert flight.land().name == "event2"
     assert cuda.calls == [
         "new urgent stream, priority -1",
+        "new urgent stream, priority -1",
         "new lane stream, priority 0",
         "compute records event1",
         "lane waits for event1",
@@ -254,7 +274,7 @@ def test_urgent_work_on_cuda(cuda: _Cuda) -> None:
     with streams.reading([token, token]):
         result = streams.urgently(lambda x: (x + 1,), given)
     assert result[0].item() == 1
-    assert cuda.calls[1:] == [
+    assert cuda.calls[2:] == [
         "compute records event1",
         "urgent waits for event1",
         "tensor0 is used on compute",
