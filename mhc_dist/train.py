@@ -110,9 +110,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except Exception as error:
         # Whatever it was, the other ranks know already (PeerWatch); here the user learns where.
         traceback.print_exc()
-        code = last_words.leave(ExitCode.ERROR, f"{type(error).__name__}: {error}", said=True)
+        left = last_words.leave(ExitCode.ERROR, f"{type(error).__name__}: {error}", said=True)
         abandon()
-        return code
+        return left
     finally:
         inbox.close()
         destroy()
