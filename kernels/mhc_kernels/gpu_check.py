@@ -30,7 +30,9 @@ import torch
 
 from mhc_kernels.gpu import experts, parity, running, timing
 from mhc_kernels.gpu.plan import REHEARSAL, Check, Outcome, Plan
+from mhc_kernels.launch.architecture import device_architecture
 from mhc_kernels.provenance import provenance
+from mhc_kernels.triton_backend import why_unavailable
 
 TIME_LIMIT_SECONDS = 900.0
 """Of one check, compilation included."""
@@ -106,10 +108,10 @@ def about_the_device() -> dict[str, Any]:
     properties = torch.cuda.get_device_properties(0)
     return {
         "device": torch.cuda.get_device_name(),
-        "architecture": f"sm_{properties.major}{properties.minor}",
+        "architecture": device_architecture(torch.device("cuda")),
         "memory_bytes": properties.total_memory,
         "multiprocessors": properties.multi_processor_count,
-        "cuda": torch.version.cuda,
+        "cuda": torch.version.cuda or torch.version.hip,
         "label": "measured on the device",
         "provenance": provenance("mhc_kernels.gpu_check"),
     }
@@ -147,6 +149,9 @@ def main() -> None:
     elif not torch.cuda.is_available():
         print("gpu-check: SKIPPED, torch sees no GPU. NOTHING WAS CHECKED on a device.", file=sys.stderr)
         sys.exit(1 if arguments.require else 0)
+    elif (reason := why_unavailable()) is not None:
+        print(f"gpu-check: cannot check this device: {reason}", file=sys.stderr)
+        sys.exit(1)
     else:
         about = about_the_device()
 

@@ -25,9 +25,10 @@ def side_stream(plan: Plan) -> Outcome:
         make_backend("triton"),
         Problem(plan.cases[0], plan.num_tokens, torch.bfloat16, plan.device),
     )
-    alone = problem.both_ways(backend)  # compiles as well
-    torch.cuda.synchronize()
     busy, urgent = torch.cuda.default_stream(), torch.cuda.Stream(priority=-1)
+    with torch.cuda.stream(urgent):  # compiles, and takes memory from the device, which may wait for it
+        alone = problem.both_ways(backend)
+    torch.cuda.synchronize()
     torch.cuda._sleep(BUSY_CYCLES)
     with torch.cuda.stream(urgent):
         beside = problem.both_ways(backend)

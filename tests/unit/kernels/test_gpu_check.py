@@ -9,7 +9,7 @@ from unittest import mock
 
 import pytest
 import torch
-from mhc_kernels import gpu_check
+from mhc_kernels import gpu_check, triton_backend
 from mhc_kernels.gpu.plan import Outcome, Plan
 
 GOOD = json.dumps(Outcome(True, {"ms": 2.0})._asdict())
@@ -66,6 +66,19 @@ def test_without_a_gpu_it_says_so(capfd: pytest.CaptureFixture[str]) -> None:
             gpu_check.main()
         assert ended.value.code == status
         assert "NOTHING WAS CHECKED" in capfd.readouterr().err
+
+
+def test_a_device_without_tiles_is_told_at_once(capfd: pytest.CaptureFixture[str]) -> None:
+    """Oracle: the contract: one message with the remedy, not a failure of every check."""
+    with (
+        mock.patch.object(sys, "argv", ["gpu_check"]),
+        mock.patch.object(torch.cuda, "is_available", return_value=True),
+        mock.patch.object(triton_backend, "device_architecture", return_value="sm_70"),
+        pytest.raises(SystemExit) as ended,
+    ):
+        gpu_check.main()
+    assert ended.value.code == 1
+    assert "the GPU is sm_70, tiles.py has sm_90, sm_100, gfx942: add a row" in capfd.readouterr().err
 
 
 def test_a_check_that_does_not_exist_is_refused(capfd: pytest.CaptureFixture[str]) -> None:

@@ -32,7 +32,7 @@ def columns_first(tensor: torch.Tensor) -> torch.Tensor:
     [(IDENTITY, QUICK_CHECKS), pytest.param(SHORT, (*QUICK_CHECKS, "test_aot_dispatch_dynamic"))],
     ids=["identity", "sinkhorn"],
 )
-@pytest.mark.parametrize("laid_out", [as_it_is, columns_first])
+@pytest.mark.parametrize("laid_out", [columns_first, pytest.param(as_it_is, marks=pytest.mark.long)])
 def test_fake_kernels_agree_with_the_real_ones(
     spec: ConnectionSpec, checks: tuple[str, ...], laid_out: Callable[[torch.Tensor], torch.Tensor]
 ) -> None:
