@@ -12,6 +12,9 @@ from mhc_dist.optim.deepspeed_options import check_config
 from mhc_dist.pipeline.schedules.registry import make_schedule
 from mhc_dist.topology import Topology
 
+SEAM_CHANNELS = 16
+"""Channels that the seams of hyper-connections handle at a time, whatever the backend."""
+
 
 def disagreements(config: RunSections) -> list[str]:
     """One sentence per problem; an empty list means that the run is possible."""
@@ -62,6 +65,13 @@ def _residual(config: RunSections) -> Iterator[str]:
         yield (
             f"residual.num_streams={residual.num_streams} with residual.kind={residual.kind}: it exists for"
             f" {', '.join(map(str, streams))} streams. Set residual.num_streams to one of these."
+        )
+    width = config.model.hidden_size
+    if streams is not None and width % SEAM_CHANNELS:
+        yield (
+            f"model.hidden_size={width} with residual.kind={residual.kind}: hyper-connections handle"
+            f" {SEAM_CHANNELS} channels at a time. Set model.hidden_size to"
+            f" {width + SEAM_CHANNELS - width % SEAM_CHANNELS}, or residual.kind to residual or hc."
         )
     if residual.shifted_pre and streams is None:
         yield (

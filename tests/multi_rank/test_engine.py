@@ -34,7 +34,7 @@ LAYOUTS = [(1, 1, 1), (2, 1, 1), (1, 2, 1), (2, 2, 2), (1, 4, 2), (1, 4, 4), (2,
 def run_config(topology: Topology, **sections: Any) -> RunConfig:
     model = {
         "num_layers": 4,
-        "hidden_size": 8,
+        "hidden_size": 16,
         "vocab_size": 16,
         "num_heads": 2,
         "num_experts": EXPERTS,

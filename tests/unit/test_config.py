@@ -77,6 +77,7 @@ def test_overrides_apply_in_order_and_leave_the_rest() -> None:
         ("optim.decay_at=[[0.9, 0.1], [0.8, 0.3]]", ["[0.9, 0.8]", "not increasing"]),
         ("recompute.mode=block", ["recompute.mode = 'block'", "none", "mhc", "full"]),
         ("residual.kind=residual", ["residual.num_streams=4", "Set residual.num_streams=1"]),
+        ("model.hidden_size=100", ["model.hidden_size=100", "16 channels", "112"]),
         ("model.rope_dim=15", ["model.rope_dim=15 is odd", "16"]),
         ("model.num_active_experts=9", ["model.num_active_experts=9", "model.num_experts=8"]),
         ("model.num_dense_layers=7", ["model.num_dense_layers=7", "model.num_layers=6"]),

@@ -30,11 +30,13 @@ def test_paper_models_have_the_published_counts(name: str, total: str, active: s
     )
 
 
-# One layer of each sort, every size a different prime, so that a swapped pair of factors shows.
+# One layer of each sort, every size a different prime (the width 16 times one, as seams need it), so that a
+# swapped pair of factors shows.
+C = 16 * 11
 SMALL = [
     "model.num_layers=2",
     "model.num_dense_layers=1",
-    "model.hidden_size=11",
+    f"model.hidden_size={C}",
     "model.vocab_size=101",
     "model.num_heads=3",
     "model.head_dim=5",
@@ -56,32 +58,32 @@ SMALL = [
     ("residual", "connection", "stream_head"),
     [
         (["residual.kind=residual", "residual.num_streams=1"], 0, 0),
-        (["residual.kind=hc", "residual.num_streams=4"], 6 * 11 + 24 + 3, 16 * 11 + 5),
-        (["residual.kind=mhc", "residual.num_streams=4"], 24 * 44 + 24 + 3, 16 * 11 + 5),
-        (["residual.kind=mhc", "residual.num_streams=2", "residual.reduce=mean"], 8 * 22 + 8 + 3, 0),
-        (["residual.kind=identity", "residual.num_streams=4", "residual.reduce=sum"], 8 * 44 + 8 + 3, 0),
+        (["residual.kind=hc", "residual.num_streams=4"], 6 * C + 24 + 3, 16 * C + 5),
+        (["residual.kind=mhc", "residual.num_streams=4"], 24 * 4 * C + 24 + 3, 16 * C + 5),
+        (["residual.kind=mhc", "residual.num_streams=2", "residual.reduce=mean"], 8 * 2 * C + 8 + 3, 0),
+        (["residual.kind=identity", "residual.num_streams=4", "residual.reduce=sum"], 8 * 4 * C + 8 + 3, 0),
     ],
     ids=lambda value: "-".join(value) if isinstance(value, list) else None,
 )
 def test_components_of_a_small_model(residual: list[str], connection: int, stream_head: int) -> None:
     """Oracle: every matrix written out by hand."""
     count = count_parameters(load_config(CONFIGS / "tiny.yaml", SMALL + residual))
-    attention = 11 * 3 * (5 + 2) + 11 * (13 + 2) + 13 + 13 * 3 * (5 + 7) + 3 * 7 * 11
-    expert = 3 * 11 * 19
+    attention = C * 3 * (5 + 2) + C * (13 + 2) + 13 + 13 * 3 * (5 + 7) + 3 * 7 * C
+    expert = 3 * C * 19
     assert count.components() == {
-        "embedding": 101 * 11,
+        "embedding": 101 * C,
         "attention": 2 * attention,
-        "dense_feed_forward": 3 * 11 * 23,
-        "router": 17 * 11,
+        "dense_feed_forward": 3 * C * 23,
+        "router": 17 * C,
         "routed_experts": 17 * expert,
         "shared_experts": 3 * expert,
         "connections": 4 * connection,
-        "norms": 5 * 11,
+        "norms": 5 * C,
         "stream_head": stream_head,
-        "output_head": 101 * 11,
+        "output_head": 101 * C,
     }
-    assert count.total - count.active == 101 * 11 + 15 * expert
-    assert count.vocab == 2 * 101 * 11
+    assert count.total - count.active == 101 * C + 15 * expert
+    assert count.vocab == 2 * 101 * C
 
 
 @pytest.mark.parametrize(

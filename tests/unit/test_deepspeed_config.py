@@ -53,7 +53,7 @@ def test_the_engine_gets_fp32_sums_and_the_batch_of_the_run() -> None:
         {
             "model": {
                 "num_layers": 4,
-                "hidden_size": 8,
+                "hidden_size": 16,
                 "vocab_size": 16,
                 "num_heads": 2,
                 "num_experts": 4,
