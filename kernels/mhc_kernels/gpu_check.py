@@ -9,7 +9,8 @@ compiled fails alone. The report, gpu_<device>.json, is written anew after each 
 
 Exit status: 0 all passed, 1 something failed. Without a GPU it says so, loudly, and ends with status 0 having
 checked nothing; with `--require` that is status 1. `--rehearse` runs the checks small and in Triton's
-interpreter, which needs no GPU and proves nothing about one, but shows that they work.
+interpreter, which needs no GPU and proves nothing about one, but shows that they work. Its
+report goes to a temporary folder.
 """
 
 from __future__ import annotations
@@ -125,7 +126,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--output", type=Path, default=Path("results/kernels"))
+    parser.add_argument("--output", type=Path, help="folder of the report, else results/kernels")
     parser.add_argument("--require", action="store_true", help="no GPU is an error")
     parser.add_argument(
         "--rehearse", action="store_true", help="small, in Triton's interpreter, without a GPU"
@@ -146,6 +147,7 @@ def main() -> None:
     if arguments.rehearse:
         os.environ["TRITON_INTERPRET"] = "1"
         about: dict[str, Any] = {"device": "no device", "label": "a rehearsal in Triton's interpreter"}
+        output = arguments.output or Path(tempfile.mkdtemp(prefix="gpu-check-"))
     elif not torch.cuda.is_available():
         print("gpu-check: SKIPPED, torch sees no GPU. NOTHING WAS CHECKED on a device.", file=sys.stderr)
         sys.exit(1 if arguments.require else 0)
@@ -154,6 +156,7 @@ def main() -> None:
         sys.exit(1)
     else:
         about = about_the_device()
+        output = arguments.output or Path("results/kernels")
 
     def run(name: str) -> Outcome:
         rehearsal = ["--rehearse"] if arguments.rehearse else []
@@ -161,7 +164,7 @@ def main() -> None:
         return in_a_process([*module, "--only", name, "--outcome"], TIME_LIMIT_SECONDS)
 
     stem = about["device"].lower().replace(" ", "_").replace("/", "_")
-    sys.exit(run_all(names, run, arguments.output / f"gpu_{stem}.json", about))
+    sys.exit(run_all(names, run, output / f"gpu_{stem}.json", about))
 
 
 if __name__ == "__main__":
