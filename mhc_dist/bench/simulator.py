@@ -53,6 +53,9 @@ MODES: tuple[Mode, ...] = ("none", "mhc", "full")
 CaseName = tuple[str, Mode]
 """(schedule, recompute mode)"""
 
+SAME = ("commit", "processor", "cores", "python", "torch")
+"""Conditions that cases of one result have in common."""
+
 
 @dataclass(frozen=True)
 class Plan:
@@ -88,7 +91,10 @@ def measure(
             break
         row = _row(cell, case, _prepare(cell, configs[case], plain[case], plan, compute), plan)
         if rank == 0:
-            (unfinished.add if row.get("overrun_share", 0.0) <= plan.max_overrun else late.append)(row)
+            if row.get("overrun_share", 0.0) <= plan.max_overrun:
+                unfinished.add(row)
+            else:
+                late.append(row)
     if rank == 0:
         result.write_text(json.dumps({"late": late}))
     cell.leave()
@@ -290,9 +296,6 @@ def _measure(config: RunConfig, options: argparse.Namespace) -> Outcome:
     figures = _figures(run(config, plan, unfinished), config, plan)
     return Outcome(stem, label_of(options), figures, _table(figures), replaces=unfinished.path)
 
-
-SAME = ("commit", "processor", "cores", "python", "torch")
-"""Conditions that cases of one result have in common."""
 
 BENCH = Bench("simulator", __doc__, _add_options, _measure, _settings)
 
