@@ -54,31 +54,33 @@ def measures(collection: Collection) -> Figure:
         key: of for key, of in planned(collection).items() if of["outcome"] == "planned" and key[1] == "h800"
     }
     figure, (axis,) = _panels(1, width=10.0, height=3.2)
-    for number, name in enumerate(MEASURES):
+    unfit = False
+    names = [name for name in MEASURES if any(of["without"][name]["slower"] for of in cells.values())]
+    for number, name in enumerate(names):
         for place, of in enumerate(cells.values()):
             without = of["without"][name]
-            left = place + 0.27 * (number - 1)
+            left = place + 0.27 * (number - (len(names) - 1) / 2)
             value = 100 * without["slower"]
             axis.bar(
                 left,
                 value,
                 width=0.25,
-                color=COLOURS[number],
+                color=COLOURS[MEASURES.index(name)],
                 alpha=1.0 if without["fits"] else 0.35,
                 label=f"without {name}",
             )
             if not without["fits"]:
+                unfit = True
                 axis.text(left, max(value, 0), "x", ha="center", va="bottom", fontsize=9)
     axis.set_xticks(
         range(len(cells)), [f"{m.removeprefix('paper_').upper()}\n{n}" for m, _, n in cells], fontsize=8
     )
     axis.axhline(0, color="#444444", lw=0.8)
     axis.set_ylabel("step longer, %")
-    _titled(
-        axis,
-        "One measure switched off, H800, by model and GPUs (x and pale: does not fit in memory then)",
-        "",
-    )
+    notes = ["simulated"]
+    notes += [f"no {name} in any of them" for name in MEASURES if name not in names]
+    notes += ["x and pale: does not fit in memory then"] * unfit
+    _titled(axis, f"One measure switched off, H800, by model and GPUs ({'; '.join(notes)})", "")
     _legend(axis)
     return figure
 

@@ -103,6 +103,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except ValueError as error:
         print(f"mhc-dist: {error}", file=sys.stderr)
         return ExitCode.USAGE
+    except KeyboardInterrupt:
+        print(f"mhc-dist: interrupted; what is planned lies in {folder}. The same command goes on.")
+        return ExitCode.STOPPED
     return ExitCode.OK
 
 

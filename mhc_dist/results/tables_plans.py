@@ -143,8 +143,8 @@ def overhead_breakdown(collection: Collection) -> str:
 
 def overhead_measures(collection: Collection) -> str:
     """What each measure brings: the same layout without it."""
-    rows = []
-    for key, of in planned(collection).items():
+    rows, cells = [], planned(collection)
+    for key, of in cells.items():
         if of["outcome"] != "planned":
             continue
         row = [_title(key), shown(of["plan"]["overhead_ratio_same_layout"], "+%")]
@@ -167,6 +167,8 @@ def overhead_measures(collection: Collection) -> str:
         " overhead there against the plain residual, for overlap also without it).\n\n"
         + table(headings, rows)
     )
+    if all(of["outcome"] != "planned" or of["without"]["recompute"]["slower"] == 0 for of in cells.values()):
+        text += "\n\nNo layout chosen here recomputes: where memory suffices it would only cost time."
     return _folded(
         "What fusion, recomputation and overlap each contribute, cell by cell", with_sources(collection, text)
     )

@@ -141,3 +141,17 @@ def test_what_a_start_costs() -> None:
     (mesh,) = mesh_figures([3])
     assert mesh["ranks"] == 3
     assert mesh["sockets_of_a_rank"] >= 2
+
+
+def test_an_interrupted_table_says_how_it_goes_on(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Oracle: the exit code of what was ended on request, and one line instead of a traceback."""
+
+    def interrupted(cell: plans.Wanted) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(plans.Wanted, "plan", interrupted)
+    arguments = ["--models", "tiny", "--clusters", "laptop", "--gpus", "2", "--results", str(tmp_path)]
+    assert plans.main(arguments) == 83
+    assert capsys.readouterr().out.splitlines()[-1].endswith("The same command goes on.")
