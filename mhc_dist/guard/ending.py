@@ -25,7 +25,7 @@ class Ending:
 
     Args:
         board, own: where and what this rank tells the others.
-        store_rank: whose process hosts the store.
+        store_rank: whose process hosts the store; None if that is none of the ranks.
         on_end: called with code and reason by `leave_word`.
     """
 
@@ -34,7 +34,7 @@ class Ending:
         board: Board,
         own: OwnStatus,
         world_size: int,
-        store_rank: int,
+        store_rank: int | None,
         on_end: Callable[[ExitCode, str], object] | None,
     ) -> None:
         self._board = board

@@ -71,7 +71,7 @@ class PeerWatch:
         store: a client of the run's store that nobody else uses.
         rank, world_size: of this process.
         inbox: stop signals of this process; without one they keep their usual effect.
-        store_rank: whose process hosts the store.
+        store_rank: whose process hosts the store; None if that is none of the ranks.
         process: this process's name; tests pretend to be on other machines with it.
         on_end: called with code and reason when this process is ended because another one died or is stuck,
             on a thread of its own that gets half a second. A rank that fails by itself speaks for itself.
@@ -84,7 +84,7 @@ class PeerWatch:
         world_size: int,
         *,
         inbox: SignalInbox | None = None,
-        store_rank: int = 0,
+        store_rank: int | None = 0,
         limits: WatchLimits | None = None,
         process: ProcessName | None = None,
         on_end: Callable[[ExitCode, str], object] | None = None,

@@ -16,12 +16,12 @@ DEATH_SECONDS = 2.0
 
 
 class StoreHost:
-    """What is known of the rank whose process hosts the store.
+    """What is known of the rank whose process hosts the store; `rank` is None if that is none of the ranks.
 
     Its last status is kept: once the store is gone, nothing more can be read.
     """
 
-    def __init__(self, rank: int, board: Board, own: OwnStatus, ending: Ending) -> None:
+    def __init__(self, rank: int | None, board: Board, own: OwnStatus, ending: Ending) -> None:
         self._rank = rank
         self._board = board
         self._own = own
@@ -29,7 +29,7 @@ class StoreHost:
         self._status: RankStatus | None = None
 
     def refresh(self) -> None:
-        if self._rank != self._own.rank:
+        if self._rank is not None and self._rank != self._own.rank:
             self._status = self._board.status(self._rank) or self._status
 
     @property
@@ -38,6 +38,8 @@ class StoreHost:
 
     def end_because_lost(self, error: Exception, local_processes: Mapping[int, ProcessName]) -> NoReturn:
         """The store raised `error`. `local_processes`: other ranks of this machine."""
+        if self._rank is None:
+            self._end(f"the run's key-value store is gone ({describe.error_message(error)})")
         # A dying process closes its sockets before it counts as gone.
         status = self._status
         process = status.process if status is not None else None
@@ -53,7 +55,7 @@ class StoreHost:
     def end_because_silent(self, limit_seconds: float) -> NoReturn:
         """The store has neither answered nor failed for `limit_seconds`."""
         seconds = f"{limit_seconds:.0f} s"
-        if self._rank == self._own.rank:
+        if self._rank is None or self._rank == self._own.rank:
             self._end(f"the run's key-value store has not answered for {seconds}")
         self._end(describe.lost_rank(self._rank, self._status, f"its store has not answered for {seconds}"))
 

@@ -225,6 +225,49 @@ def test_a_store_that_never_answers_ends_the_run(tmp_path: Path) -> None:
     ranks.finish()
 
 
+def host_store(listener: socket.socket) -> None:
+    _ = TCPStore(
+        "127.0.0.1",
+        listener.getsockname()[1],
+        is_master=True,
+        wait_for_workers=False,
+        master_listen_fd=listener.detach(),
+    )
+    time.sleep(LONGEST_SECONDS)
+
+
+def watch_with_a_store_elsewhere(port: int, folder: Path) -> None:
+    def store() -> TCPStore:
+        return TCPStore("127.0.0.1", port, is_master=False)
+
+    def on_end(code: ExitCode, text: str) -> None:
+        (folder / "word").write_text(f"{code.name}: {text}")
+
+    with PeerWatch(store(), 0, 1, limits=WatchLimits(heartbeat_seconds=0.2), store_rank=None, on_end=on_end):
+        (folder / "ready").touch()
+        time.sleep(LONGEST_SECONDS)
+
+
+def test_a_lost_store_that_no_rank_hosts_leaves_its_word(tmp_path: Path) -> None:
+    """Oracle: torchrun's order of things, its agent hosting the store; exit code and what is left to read."""
+    listener = socket.create_server(("127.0.0.1", 0))
+    context = multiprocessing.get_context("fork")
+    host = context.Process(target=host_store, args=(listener,))
+    host.start()
+    rank = context.Process(target=watch_with_a_store_elsewhere, args=(listener.getsockname()[1], tmp_path))
+    rank.start()
+    listener.close()
+    deadline = time.monotonic() + LONGEST_SECONDS
+    while not (tmp_path / "ready").exists() and time.monotonic() < deadline:
+        time.sleep(0.02)
+    host.kill()
+    host.join()
+    rank.join(LONGEST_SECONDS)
+    rank.kill()
+    assert rank.exitcode == PEER_DIED
+    assert (tmp_path / "word").read_text().startswith("PEER_DIED: the run's key-value store is gone (")
+
+
 def fail_on_rank_0(context: RankContext) -> None:
     context.say_ready()
     if context.rank == 0:
