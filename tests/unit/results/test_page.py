@@ -19,6 +19,7 @@ from mhc_dist.results.result_file import read_result
 from mhc_dist.results.shown import shown
 from mhc_dist.results.source import Claim, Source, load_source
 from mhc_dist.results.tables import TABLES
+from mhc_dist.results.tables_overlap import OTHERS, overlap_variants
 
 ROOT = Path(__file__).parents[3]
 
@@ -111,6 +112,16 @@ def test_a_changed_figure_changes_page_and_picture(source: Source, tmp_path: Pat
     assert "43.2 %" not in page
     assert NO_REASON in render(after, source)
     assert fingerprint(after, picture) != mark
+
+
+def test_every_way_to_run_a_step_has_its_row(source: Source) -> None:
+    """Oracle: the steps' seconds in the committed result files, whatever variants they have."""
+    collection = committed(source)
+    rows = overlap_variants(collection).splitlines()
+    for name in ("overlap", *OTHERS):
+        figures = collection.need(name).figures
+        for seconds in figures["step_seconds"].values():
+            assert any(f"| {shown(seconds, 's')} |" in row for row in rows), (name, seconds)
 
 
 def test_pictures_carry_their_fingerprint_on_white_ground(source: Source, tmp_path: Path) -> None:
