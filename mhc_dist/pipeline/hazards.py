@@ -6,8 +6,8 @@ for it takes the larger entries. An access is safe if the access it must follow 
 
 * a read follows the last write; a write follows the last write and all reads since;
 * an allocation is a write by the stream whose memory it is: that stream may have used the same bytes before;
-* once freed, memory goes back to that stream, so by then its clock must hold every access, or the allocator
-  must know of the other stream (`Share`) and wait for it by itself.
+* once freed, memory goes back to that stream, so by then its clock must hold every access, or the clock of a
+  stream of which the allocator knows (`Share`), since it waits for all that this stream was given by then.
 """
 
 from __future__ import annotations
@@ -175,8 +175,9 @@ class _Checker:
         held = self._memory.pop(memory, _Memory())
         if held.owner is None:
             return
-        for stream, access in held.touched.items():
-            if stream not in held.shared and not self._follows(held.owner, access):
+        waited_for = {held.owner, *held.shared}
+        for access in held.touched.values():
+            if not any(self._follows(stream, access) for stream in waited_for):
                 reuse = _Access(held.owner, 0, "the next use")
                 self._report(position, "reuse", reuse, access, memory)
 

@@ -12,13 +12,20 @@ Streams meet at events. While phases run the host waits for none of them, with o
 how many rows arrive decides the sizes of buffers (`PendingCounts`), and that wait is for the stream of
 answers alone.
 
-Memory follows three rules, which `hazards` proves of recorded runs. A transfer's buffers are marked as used
-on its lane, which keeps them until it has ended, because a gradient may come from the urgent stream's memory.
-Those of an exchange or a receive are held as well until the compute stream waits for its end (deferred free);
-for the end of a send it does not wait, so that a slow receiver holds nothing up. What goes into or comes out
-of an urgent stream is marked as used on both (`keep`): the allocator then hands it out again only when both
-have passed its last use. And what autograd passes from stream to stream is autograd's business: it runs a
-backward where its forward ran.
+Memory follows three rules, which `hazards` proves of recorded runs.
+
+A transfer holds its buffers until the compute stream waits for its end (`land`): what frees them then, frees
+them after it. They are not marked as used on the lane as well. The allocator would then keep them from reuse
+until the lane has done all it was given by the time they are freed, which is the next receive, too, and that
+may wait for a message for long. Nor does it matter who made them: what the compute stream is given to send
+from an urgent stream's memory is marked as used on compute, and that has waited.
+
+For the end of a send compute does not wait, so that a slow receiver holds nothing up. Its buffer is marked as
+used on the lane when it is let go (`release`).
+
+What goes into or comes out of an urgent stream is marked as used on both (`keep`): the allocator then hands
+it out again only when both have passed its last use. And what autograd passes from stream to stream is
+autograd's business: it runs a backward where its forward ran.
 
 `HostStreams` is the CPU: one thread, what returns is over, and transfers are waited for by the host.
 `EventStreams` is a device with streams: `CudaDevice`, or one that records (`recording`).
@@ -182,18 +189,25 @@ class Device(Protocol):
 
 
 class _EventFlight:
-    def __init__(self, end: DeviceEvent, compute: DeviceStream, buffers: Sequence[Tensor]) -> None:
-        self._end, self._compute = end, compute
+    def __init__(
+        self,
+        device: Device,
+        lane: DeviceStream,
+        end: DeviceEvent,
+        compute: DeviceStream,
+        buffers: Sequence[Tensor],
+    ) -> None:
+        self._device, self._lane, self._end, self._compute = device, lane, end, compute
         self._buffers: tuple[Tensor, ...] = tuple(buffers)
 
     def land(self) -> Token:
         self._compute.wait_event(self._end)
-        # From here on the compute stream, from whose memory most of them are, comes after the transfer.
         self._buffers = ()
         return self._end
 
     def release(self) -> None:
-        # They are marked as used on the lane: the allocator waits for it before it hands them out again.
+        for buffer in self._buffers:
+            self._device.keep(buffer, self._lane)
         self._buffers = ()
 
 
@@ -214,12 +228,11 @@ class EventStreams:
         stream = self._lanes[lane]
         # Data to send is there, and memory to receive into is no longer used for anything else.
         stream.wait_event(self._compute.record_event())
-        for buffer in buffers:
-            self._device.keep(buffer, stream)
         with self._device.on(stream):
-            # NCCL: makes the stream wait for the communicator's own one, not the host.
+            # NCCL: makes the stream wait for the communicator's own one, not the host. From here on torch
+            # holds no buffer for the transfer, which is done by the flight.
             start().wait()
-        return _EventFlight(stream.record_event(), self._compute, buffers)
+        return _EventFlight(self._device, stream, stream.record_event(), self._compute, buffers)
 
     def position(self) -> Token:
         return self._compute.record_event()

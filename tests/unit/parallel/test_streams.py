@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import weakref
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import SimpleNamespace
@@ -11,7 +13,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from mhc_dist.pipeline.hazards import Entry, Launch, Record, Wait, find_hazards
+from mhc_dist.pipeline.hazards import Entry, Launch, Record, Share, Wait, find_hazards
 from mhc_dist.pipeline.recording import RecordedStreams, Recorder
 from mhc_dist.pipeline.streams import CudaDevice, EventStreams, HostStreams, make_streams
 from tests.unit.parallel.recorded_run import record, recorded_config, run_unrecorded
@@ -176,6 +178,20 @@ def test_compute_waits_for_no_receiver() -> None:
     assert after == {"aten.clone.default"}, "nothing but the copies that `record` returns"
 
 
+def test_only_what_is_sent_waits_for_its_lane() -> None:
+    """Oracle: the log of several messages: the allocator is told of lanes for those that compute never waits
+    for, once each. A buffer of any other transfer it would keep until the lane's next one is over.
+    """
+    log, _ = record(recorded_config("zbv", "mhc", "laptop"), 0)
+    told = [entry.stream for entry in log if isinstance(entry, Share)]
+    awaited = {entry.event for entry in log if isinstance(entry, Wait) and entry.stream == "compute"}
+    ends = [e for e in log if isinstance(e, Record) and e.stream == "message 0>1"]
+    assert Counter(name for name in told if name not in ("compute", "urgent", "answers")) == {
+        "message 0>1": sum(end.event not in awaited for end in ends)
+    }
+    assert len(ends) > 2
+
+
 class _Event(SimpleNamespace):
     __hash__ = object.__hash__  # as torch.cuda.Event has it
 
@@ -249,7 +265,6 @@ def test_a_transfer_on_cuda(cuda: _Cuda) -> None:
         return work
 
     flight = streams.transfer("exchange F", start, [torch.zeros(1)])
-    flight.release()  # is no wait
     assert flight.land().name == "event2"
     assert cuda.calls == [
         "new urgent stream, priority -1",
@@ -257,7 +272,6 @@ def test_a_transfer_on_cuda(cuda: _Cuda) -> None:
         "new lane stream, priority 0",
         "compute records event1",
         "lane waits for event1",
-        "tensor0 is used on lane",
         "enter lane",
         "start",
         "communicator awaited by the current stream",
@@ -265,6 +279,25 @@ def test_a_transfer_on_cuda(cuda: _Cuda) -> None:
         "lane records event2",
         "compute waits for event2",
     ]
+
+
+@pytest.mark.parametrize(("end", "call"), [("land", "waits for event"), ("release", "is used on lane")])
+def test_a_transfer_holds_its_buffers(end: str, call: str, cuda: _Cuda) -> None:
+    """Oracle: a weak reference to a tensor that nobody else holds, before and after; the last call is what
+    makes it safe to let go.
+    """
+    streams = EventStreams(CudaDevice(torch.device("cuda", 0), cuda))
+    flights, alive = [], []
+    for _ in range(2):
+        buffer = torch.zeros(1)
+        flights.append(streams.transfer("exchange F", lambda: SimpleNamespace(wait=lambda: None), [buffer]))
+        alive.append(weakref.ref(buffer))
+        del buffer
+    assert all(tensor() is not None for tensor in alive)
+    getattr(flights[0], end)()
+    assert call in cuda.calls[-1]
+    assert alive[0]() is None
+    assert alive[1]() is not None
 
 
 def test_urgent_work_on_cuda(cuda: _Cuda) -> None:

@@ -45,6 +45,24 @@ def test_memory_that_the_allocator_knows_of_may_be_freed_early() -> None:
     assert find_hazards([*early[:1], Share("lane", 7), *early[1:]]) == []
 
 
+def test_the_allocator_waits_for_what_a_stream_was_given_by_the_time_of_the_free() -> None:
+    """Oracle: record_stream's promise: memory of a stream that waits for nobody, sent by a lane; compute, of
+    which the allocator knows, waits for the lane before or after it is freed.
+    """
+    told: list[Entry] = [
+        Allocate("urgent", 7),
+        Launch("urgent", "make", writes=(7,)),
+        Record("urgent", READY),
+        Share("compute", 7),
+        Wait("lane", READY),
+        Launch("lane", "send", reads=(7,)),
+        Record("lane", DONE),
+    ]
+    assert find_hazards([*told, Wait("compute", DONE), Free(7)]) == []
+    (hazard,) = find_hazards([*told, Free(7), Wait("compute", DONE)])
+    assert hazard.kind == "reuse"
+
+
 def test_memory_is_received_into_only_once_its_stream_is_done_with_it() -> None:
     """Oracle: bytes that compute has freed and got again are still read by its earlier work."""
     log = [Allocate("compute", 1), Launch("lane", "receive", writes=(1,))]
