@@ -16,6 +16,7 @@ from collections.abc import Sequence
 
 from mhc_dist.config import RunConfig
 from mhc_dist.guard.exit_codes import ExitCode
+from mhc_dist.parallel.cuda_settings import cuda_settings
 from mhc_dist.plan.run_programs import plan_run
 from mhc_launcher import run_folder
 from mhc_launcher.attempts import Restarts, run_attempts
@@ -131,7 +132,10 @@ def is_rank(command: Sequence[str], trainer: str) -> bool:
 
 
 def environment(num_processes: int, gpus: Sequence[str]) -> dict[str, str]:
-    """This process's environment and what single-host runs need; what the user has set stays."""
+    """This process's environment and what single-host runs need; what the user has set stays.
+
+    Raises ValueError for variables with which ranks on GPUs would hang.
+    """
     settings = dict(os.environ)
     settings.setdefault("OMP_NUM_THREADS", str(threads_per_process(num_processes)))
     # gloo asks the host name for an interface, which need not resolve; one host only talks to itself.
@@ -142,6 +146,7 @@ def environment(num_processes: int, gpus: Sequence[str]) -> dict[str, str]:
     # The GPUs are named on the launcher's command line: a second opinion here would make it speak up.
     if gpus:
         settings.pop("CUDA_VISIBLE_DEVICES", None)
+        settings |= cuda_settings(settings)
     else:
         settings |= {"DS_ACCELERATOR": "cpu", "CUDA_VISIBLE_DEVICES": ""}
     return settings

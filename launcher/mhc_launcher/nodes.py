@@ -22,6 +22,7 @@ from pathlib import Path
 
 from mhc_dist.config import RunConfig, dump_config
 from mhc_dist.guard.last_words import REPORTED
+from mhc_dist.parallel.cuda_settings import VARIABLES, check_cuda_settings, cuda_settings
 from mhc_dist.plan.run_programs import plan_run
 from mhc_launcher import marked, mpi, run_folder, slurm, survey
 from mhc_launcher.attempts import run_attempts
@@ -202,7 +203,11 @@ def _variables(
         # srun and mpirun may run the trainer as a file: its folder must not hide packages of other names.
         "PYTHONSAFEPATH": "1",
     }
-    if not on_gpus:
+    if on_gpus:
+        # What was set here goes along: a node's own shell may say something else.
+        given = {name: os.environ[name] for name in VARIABLES if name in os.environ} | variables
+        variables = given | cuda_settings(given)
+    else:
         variables |= {"DS_ACCELERATOR": "cpu", "CUDA_VISIBLE_DEVICES": ""}
     return variables
 
@@ -335,6 +340,8 @@ def _train_this_node(config: RunConfig, options: StartOptions, trainer: str) -> 
     check_metrics_ports(config.observe.metrics_port, slots)
     gpus = gpus_for_run(config.train.backend, slots)
     settings = environment(slots, gpus) | user_variables(os.environ, Path.home(), Path.cwd())
+    if gpus:
+        check_cuda_settings(settings)  # with what the user's files add
     if options.interface is not None:
         check_interface(options.interface, "--interface", loopback_is_meant=len(hosts) == 1)
         settings |= {GLOO: options.interface, NCCL: options.interface}

@@ -13,10 +13,12 @@ import tempfile
 from pathlib import Path
 
 from mhc_dist.config import RunConfig, dump_config
+from mhc_dist.parallel.cuda_settings import cuda_settings
 from mhc_dist.plan.run_programs import plan_run
 from mhc_launcher import run_folder
 from mhc_launcher.attempts import trainer_arguments
 from mhc_launcher.bootstrap import Source, read_rank_environment
+from mhc_launcher.devices import Backend, visible_gpus
 from mhc_launcher.local import check_tokens
 
 
@@ -43,13 +45,13 @@ def become_rank(config: RunConfig, trainer: str, resume: str | None = None) -> i
         with tempfile.TemporaryDirectory(prefix="mhc-dist-") as folder:
             path = Path(folder) / run_folder.CONFIG_FILE
             path.write_text(dump_config(config))
-            return _run(trainer, path, resume)
+            return _run(trainer, config.train.backend, path, resume)
     with run_folder.reserved(config):
         plan_run(config)
         check_tokens(config)
         if moved := run_folder.prepare(config, resume):
             print(f"An earlier run is kept in {moved}.", flush=True)
-        code = _run(trainer, config.folder / run_folder.CONFIG_FILE, resume)
+        code = _run(trainer, config.train.backend, config.folder / run_folder.CONFIG_FILE, resume)
         summary = run_folder.read_summary(config.folder)
         if summary is None:
             return code or 1
@@ -57,9 +59,11 @@ def become_rank(config: RunConfig, trainer: str, resume: str | None = None) -> i
         return 0
 
 
-def _run(trainer: str, config_file: Path, resume: str | None) -> int:
+def _run(trainer: str, backend: Backend, config_file: Path, resume: str | None) -> int:
     sys.argv = [trainer, "--config", str(config_file), *trainer_arguments(resume, 0)]
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
+    if backend != "gloo" and visible_gpus():
+        os.environ.update(cuda_settings(os.environ))
     try:
         # By name: this package does not import torch, the trainer does.
         runpy.run_module(trainer, run_name="__main__", alter_sys=True)

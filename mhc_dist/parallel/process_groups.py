@@ -18,7 +18,7 @@ import torch
 import torch.distributed as dist
 from torch._C._distributed_c10d import PrefixStore, Store, TCPStore
 
-from mhc_dist.parallel.cuda_settings import cuda_settings
+from mhc_dist.parallel.cuda_settings import check_cuda_settings
 from mhc_dist.topology import Topology
 
 
@@ -49,8 +49,8 @@ def init_distributed(
 
     `auto` takes nccl where a GPU is visible and gloo elsewhere. `store` is the one that `open_store` gave; by
     default it is opened here. Exports the rank variables that torch and DeepSpeed read. A world of one needs
-    neither network nor port. Raises ValueError when the device or the port cannot be had, and for variables
-    with which NCCL would hang.
+    neither network nor port. Raises ValueError when the device or the port cannot be had, and for an
+    environment in which ranks on GPUs would hang.
     """
     chosen = ("nccl" if torch.cuda.is_available() else "gloo") if backend == "auto" else backend
     device = _device(chosen, environment)
@@ -150,7 +150,7 @@ def _device(backend: str, environment: RankPlace) -> torch.device:
             f"local rank {environment.local_rank} has no GPU of its own: {torch.cuda.device_count()} are"
             f" visible for {environment.local_world_size} processes. Start at most one process per GPU."
         )
-    os.environ.update(cuda_settings(os.environ))
+    check_cuda_settings(os.environ)
     device = torch.device("cuda", environment.local_rank)
     torch.cuda.set_device(device)
     return device

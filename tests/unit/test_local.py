@@ -99,12 +99,15 @@ def test_users_settings_survive(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("GLOO_SOCKET_IFNAME", "eth7")
     monkeypatch.setenv("TORCH_CPP_LOG_LEVEL", "INFO")
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "2,3")
+    monkeypatch.setenv("CUDA_DEVICE_MAX_CONNECTIONS", "16")
     on_cpu, on_gpu = environment(2, []), environment(2, ["2", "3"])
     assert {on_cpu["OMP_NUM_THREADS"], on_gpu["OMP_NUM_THREADS"]} == {"3"}
     assert {on_cpu["GLOO_SOCKET_IFNAME"], on_gpu["GLOO_SOCKET_IFNAME"]} == {"eth7"}
     assert {on_cpu["TORCH_CPP_LOG_LEVEL"], on_gpu["TORCH_CPP_LOG_LEVEL"]} == {"INFO"}
     assert (on_cpu["DS_ACCELERATOR"], on_cpu["CUDA_VISIBLE_DEVICES"]) == ("cpu", "")
     assert "CUDA_VISIBLE_DEVICES" not in on_gpu
+    assert (on_gpu["CUDA_DEVICE_MAX_CONNECTIONS"], on_gpu["CUDA_MODULE_LOADING"]) == ("16", "EAGER")
+    assert "CUDA_MODULE_LOADING" not in on_cpu
 
 
 @pytest.mark.parametrize(

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
-from mhc_launcher import interfaces, mpi
+from mhc_launcher import interfaces, mpi, nodes, rank
 from mhc_launcher.forwarded import read_variables, user_variables, write_variables
 from mhc_launcher.hostfile import Host, check_slots, read_hostfile, write_hostfile
 from mhc_launcher.interfaces import network_settings
@@ -143,3 +146,39 @@ def test_the_first_rank_to_fail_leaves_the_word(tmp_path: Path, capsys: pytest.C
     assert capsys.readouterr().err == ""
     LastWords(elsewhere, 1, {}).leave(ExitCode.ERROR, "x")
     assert capsys.readouterr().err == "[rank 1] x.\n"
+
+
+def test_ranks_on_gpus_start_with_what_cuda_reads(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Oracle: the variables at the moment when the trainer is first run, and those that other nodes get: one
+    set here, one by the user's file, one by nobody; on CPUs none of them. What would hang starts nothing.
+    """
+    (tmp_path / ".deepspeed_env").write_text("CUDA_DEVICE_MAX_CONNECTIONS=16\n")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(os, "environ", {"PYTORCH_ALLOC_CONF": "backend:native", "HOME": str(tmp_path)})
+    report: Any = SimpleNamespace(num_cpus=4)
+
+    def forwarded(*, on_gpus: bool) -> dict[str, str]:
+        return nodes._variables(StartOptions(), [Host("a", 4)], [report], on_gpus, "a", 29500, "mark")
+
+    want = {
+        "CUDA_MODULE_LOADING": "EAGER",
+        "CUDA_DEVICE_MAX_CONNECTIONS": "16",
+        "PYTORCH_ALLOC_CONF": "backend:native",
+    }
+    assert want.items() <= forwarded(on_gpus=True).items()
+    assert "CUDA_MODULE_LOADING" not in forwarded(on_gpus=False)
+
+    seen: list[str | None] = []
+    monkeypatch.setattr(rank, "visible_gpus", lambda: ["0"])
+    monkeypatch.setattr(
+        rank.runpy, "run_module", lambda *a, **k: seen.append(os.environ.get("CUDA_MODULE_LOADING"))
+    )
+    monkeypatch.setattr(rank.sys, "argv", [])
+    rank._run("trainer", "gloo", tmp_path, None)
+    rank._run("trainer", "auto", tmp_path, None)
+    assert seen == [None, "EAGER"]
+    os.environ["CUDA_MODULE_LOADING"] = "LAZY"
+    with pytest.raises(ValueError, match="CUDA_MODULE_LOADING=LAZY"):
+        forwarded(on_gpus=True)
+    with pytest.raises(ValueError, match="CUDA_MODULE_LOADING=LAZY"):
+        rank._run("trainer", "auto", tmp_path, None)

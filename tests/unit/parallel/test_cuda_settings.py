@@ -11,18 +11,25 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from mhc_dist.parallel.cuda_settings import cuda_settings
+from mhc_dist.parallel.cuda_settings import check_cuda_settings, cuda_settings
 from mhc_dist.parallel.process_groups import ProcessGroups, abandon, init_distributed
 from mhc_dist.topology import Topology
 
 
 def test_what_is_left_open_is_set() -> None:
     """Oracle: CUDA's largest number of queues, by hand; what the user has set stays."""
-    assert cuda_settings({}) == {
+    want = {
         "CUDA_DEVICE_MAX_CONNECTIONS": "32",
+        "CUDA_MODULE_LOADING": "EAGER",
         "PYTORCH_ALLOC_CONF": "expandable_segments:True",
     }
-    given = {"CUDA_DEVICE_MAX_CONNECTIONS": "8", "PYTORCH_CUDA_ALLOC_CONF": "backend:native"}
+    assert cuda_settings({}) == want
+    assert cuda_settings(want) == {}
+    given = {
+        "CUDA_DEVICE_MAX_CONNECTIONS": "8",
+        "CUDA_MODULE_LOADING": "EAGER",
+        "PYTORCH_CUDA_ALLOC_CONF": "backend:native",
+    }
     assert cuda_settings(given | {"CUDA_LAUNCH_BLOCKING": "0"}) == {}
 
 
@@ -32,6 +39,7 @@ def test_what_is_left_open_is_set() -> None:
         ("CUDA_DEVICE_MAX_CONNECTIONS", "1"),
         ("CUDA_DEVICE_MAX_CONNECTIONS", "many"),
         ("CUDA_LAUNCH_BLOCKING", "1"),
+        ("CUDA_MODULE_LOADING", "LAZY"),
         ("TORCH_NCCL_BLOCKING_WAIT", "1"),
     ],
 )
@@ -78,24 +86,23 @@ def test_what_compute_hides_is_urgent(monkeypatch: pytest.MonkeyPatch) -> None:
     }
 
 
-def test_settings_come_before_the_device(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Oracle: the environment at the moment when CUDA is first asked for a device."""
-    seen: list[str | None] = []
-    place = SimpleNamespace(
+def test_a_rank_on_a_gpu_insists_on_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Oracle: what is missing, by hand; with all of it the rank gets its device. By then CUDA has read its
+    variables, so that setting them would come too late.
+    """
+    place: Any = SimpleNamespace(
         rank=0, world_size=1, local_rank=0, local_world_size=1, master_addr="127.0.0.1", master_port=0
     )
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(os, "environ", {})
-        patch.setattr(torch.cuda, "is_available", lambda: True)
-        patch.setattr(torch.cuda, "device_count", lambda: 1)
-        patch.setattr(
-            torch.cuda,
-            "set_device",
-            lambda device: seen.append(os.environ.get("CUDA_DEVICE_MAX_CONNECTIONS")),
-        )
-        patch.setattr(dist, "init_process_group", lambda *arguments, **options: None)
-        assert init_distributed(place, "auto", 1.0) == torch.device("cuda", 0)
-    assert seen == ["32"]
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "set_device", lambda device: None)
+    monkeypatch.setattr(dist, "init_process_group", lambda *arguments, **options: None)
+    monkeypatch.setattr(os, "environ", {"CUDA_DEVICE_MAX_CONNECTIONS": "32", "PYTORCH_ALLOC_CONF": ""})
+    with pytest.raises(ValueError, match=r"^CUDA_MODULE_LOADING must be set .* CUDA_MODULE_LOADING=EAGER\.$"):
+        init_distributed(place, "auto", 1.0)
+    os.environ |= cuda_settings(os.environ)
+    check_cuda_settings(os.environ)
+    assert init_distributed(place, "auto", 1.0) == torch.device("cuda", 0)
 
 
 def test_a_world_that_is_abandoned_is_left() -> None:
