@@ -78,7 +78,7 @@ class LiveMicrobatch:
         self._pending: dict[tuple[str, Pass], PendingExchange] = {}
         self._constants: dict[str, tuple[Any, ...]] = {}
         self._keeper = chunk.make_keeper() if training else None
-        self._replays: dict[str, tuple[list[Any], list[Token]]] = {}
+        self._replays: dict[str, list[Any]] = {}
         self._anchor = torch.empty(0, requires_grad=True) if training else None
 
     # Values
@@ -117,7 +117,7 @@ class LiveMicrobatch:
             with torch.no_grad(), self._streams.reading(tokens):
                 outputs = phase.run(*values)
             if self.training:
-                self._replays[phase.shape.name] = values, tokens
+                self._replays[phase.shape.name] = values
         token = self._streams.position()
         for name, output in zip(phase.shape.writes, outputs, strict=True):
             self.put(name, output.detach() if isinstance(output, Tensor) else output, token)
@@ -127,7 +127,8 @@ class LiveMicrobatch:
         if self._keeper is not None:
             self._keeper.regenerate(phase.shape)
         else:
-            self._run_segment(phase, *self._replays.pop(phase.shape.name))
+            # What its forward waited for, the streams beside compute need not wait for again.
+            self._run_segment(phase, self._replays.pop(phase.shape.name), [])
 
     def _run_segment(self, phase: Phase, values: list[Any], tokens: list[Token]) -> Sequence[Any]:
         """Run a phase under autograd and keep the ends of its graph."""

@@ -36,8 +36,12 @@ def recorded_config(
     cluster: str | None = None,
     kind: str = "mhc",
     num_microbatches: int | None = None,
+    group_size: int = GROUP_SIZE,
 ) -> RunConfig:
-    """As small as a model with all kinds of phases can be; its program is placed if there is a cluster."""
+    """As small as a model with all kinds of phases can be; its program is placed if there is a cluster.
+
+    group_size: ranks that share the experts; with one, nothing leaves it.
+    """
     if num_microbatches is None:
         num_microbatches = FEWEST.get(schedule, 2)
     return small_config(
@@ -49,7 +53,7 @@ def recorded_config(
             "expert_dim": 4,
         },
         residual={"kind": kind, "num_streams": 1 if kind == "residual" else 4, "sinkhorn_iterations": 1},
-        parallel={"pipeline": NUM_PIPELINE_RANKS, "data": GROUP_SIZE, "expert": GROUP_SIZE},
+        parallel={"pipeline": NUM_PIPELINE_RANKS, "data": GROUP_SIZE, "expert": group_size},
         schedule={"name": schedule, "num_microbatches": num_microbatches, "cluster": cluster},
         data={"sequence_length": 4},
         recompute={"mode": recompute, "block": 2},
@@ -113,7 +117,7 @@ def run_steps(
 ) -> dict[str, Tensor]:
     """Parameters of pipeline rank `rank` after some steps; `prepare` is given the stage before the first."""
     group: Any = object()  # never looked into: transfers are a loopback
-    exchange = ExpertExchange(config.model.num_experts, GROUP_SIZE, group, group, streams)
+    exchange = ExpertExchange(config.model.num_experts, config.parallel.expert, group, group, streams)
     programs = plan_run(config)
     device = torch.device("cpu")
     stage = Stage(

@@ -46,12 +46,21 @@ def test_every_access_is_ordered_over_steps(
     check_log(log)
 
 
-def check_log(log: list[Entry]) -> None:
+def check_log(log: list[Entry], *, exchanges: bool = True) -> None:
     streams = {entry.stream for entry in log if isinstance(entry, Launch)}
-    lanes = {"exchange F", "exchange B", "message 0>1", "message 1>0"}
+    lanes = {"message 0>1", "message 1>0"} | ({"exchange F", "exchange B"} if exchanges else set())
     assert streams == {"compute", "urgent", "answers"} | lanes
     hazards = find_hazards(log)
     assert not hazards, "\n".join(map(str, hazards[:5]))
+
+
+@pytest.mark.parametrize(("schedule", "cluster"), [("1f1b", None), ("dualpipev", "laptop")])
+def test_every_access_is_ordered_without_exchanges(schedule: str, cluster: str | None) -> None:
+    """Oracle: the checker, where a rank is its own expert group. Then no exchange makes the streams beside
+    compute wait: only the end of each phase that they read from does, which elsewhere is implied.
+    """
+    log, _ = record(recorded_config(schedule, "mhc", cluster, group_size=1), 1)
+    check_log(log, exchanges=False)
 
 
 def test_recording_changes_nothing() -> None:
@@ -163,6 +172,34 @@ def test_the_host_waits_for_counts_and_nothing_else(schedule: str, cluster: str 
     plans = [entry for entry in answers if isinstance(entry, Launch) and "sort" in entry.name]
     assert len(plans) == len(awaited), "one plan after each wait"
     assert any(isinstance(entry, Launch) and entry.stream == "urgent" for entry in log)
+
+
+def test_urgent_work_waits_for_its_exchange_and_not_for_compute_since() -> None:
+    """Oracle: the log: every urgent section waits for an exchange, and for no event that compute recorded
+    after that exchange was over for it: it overtakes what is queued there.
+    """
+    log, _ = record(recorded_config("dualpipev", "mhc", "laptop"), 1)
+    recorded = {entry.event: at for at, entry in enumerate(log) if isinstance(entry, Record)}
+    sections: list[list[Wait]] = []
+    ran = True
+    for entry in log:
+        if isinstance(entry, Launch) and entry.stream == "urgent":
+            ran = True
+        elif isinstance(entry, Wait) and entry.stream == "urgent" and entry.site == "_beside":
+            if ran:
+                sections.append([])
+                ran = False
+            sections[-1].append(entry)
+    assert sections
+    for section in sections:
+        assert "exchange F" in {source_of(log, wait) for wait in section}
+        events = [wait.event for wait in section]
+        landed = next(
+            at
+            for at, entry in enumerate(log)
+            if isinstance(entry, Wait) and entry.stream == "compute" and entry.event in events
+        )
+        assert max(recorded[event] for event in events) < landed
 
 
 def test_compute_waits_for_no_receiver() -> None:
@@ -318,6 +355,13 @@ def test_urgent_work_on_cuda(cuda: _Cuda) -> None:
         "compute waits for event2",
         "tensor1 is used on compute",
         "tensor1 is used on urgent",
+    ]
+    streams.urgently(lambda: ())
+    assert cuda.calls[12:] == [
+        "enter urgent",
+        "leave urgent",
+        "urgent records event3",
+        "compute waits for event3",
     ]
 
 
