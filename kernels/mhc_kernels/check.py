@@ -7,7 +7,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from mhc_kernels.spec import SUPPORTED_STREAMS, Connection, Kept, Mixing, coefficient_dtype
+from mhc_kernels.dtypes import coefficient_dtype
+from mhc_kernels.spec import SUPPORTED_STREAMS, Connection, Kept, Mixing
 
 STREAM_DTYPES = (torch.float32, torch.bfloat16, torch.float64)
 CHANNEL_MULTIPLE = 16

@@ -13,8 +13,9 @@ import torch
 from torch import Tensor
 
 from mhc_kernels import token_last
+from mhc_kernels.dtypes import coefficient_dtype
 from mhc_kernels.seam_function import InputGradients, SeamForward, SeamGradients, SeamSaved, Update
-from mhc_kernels.spec import Connection, Kept, Regenerated, coefficient_dtype
+from mhc_kernels.spec import Connection, Kept, Regenerated
 
 BLOCK_BYTES = 2 << 20
 """Bytes of one block of streams in fp32: about what a second-level cache holds of it and its neighbours."""

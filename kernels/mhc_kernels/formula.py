@@ -1,9 +1,13 @@
-"""Bytes of a sublayer in closed form. The tests require the counted bytes to equal these, byte for byte."""
+"""Bytes of a sublayer in closed form. The tests require the counted bytes to equal these, byte for byte.
+
+Standard library only: who plans a run takes its bytes from here.
+"""
 
 from __future__ import annotations
 
 from typing import NamedTuple
 
+from mhc_kernels.launch.sizes import TokenSplits, ceil_divided, split_channels
 from mhc_kernels.spec import ConnectionSpec, Mixing
 from mhc_kernels.tiles import TileSet
 
@@ -23,13 +27,6 @@ class Bytes(NamedTuple):
         return self.streams + self.coefficients + self.partials
 
 
-class TokenSplits(NamedTuple):
-    """Partial sums over tokens: of dphi and of dgain."""
-
-    phi: int
-    gain: int
-
-
 def _res_floats(spec: ConnectionSpec) -> int:
     return 0 if spec.mixing is Mixing.IDENTITY else spec.num_streams**2
 
@@ -37,7 +34,7 @@ def _res_floats(spec: ConnectionSpec) -> int:
 def forward(channels: int, spec: ConnectionSpec, tiles: TileSet, item_bytes: int) -> Bytes:
     """post_project: x, y in, x' out. mix_pre: x' in, h out."""
     n, m, res = spec.num_streams, spec.num_coefficients, _res_floats(spec)
-    splits = -(-channels // _split_width(channels, tiles))
+    splits = ceil_divided(channels, split_channels(channels, tiles))
     coefficients = (n + res) + (2 * n + res) + m + 2
     return Bytes(
         (3 * n + 2) * channels * item_bytes,
@@ -53,7 +50,7 @@ def backward(
     """backward_dots: x', dh in. backward_apply: g, dh, x, y in, dx, dy out. backward_phi, where there is one:
     x' in. reduce_partials: sums; of alpha's and the bias' in one step, as for up to 128 programs."""
     n, m, res = spec.num_streams, spec.num_coefficients, _res_floats(spec)
-    blocks = -(-channels // tiles.backward_apply.channels)
+    blocks = ceil_divided(channels, tiles.backward_apply.channels)
     dots = (n + 2 + m + n + res) + (m + 2)
     apply = (n + res) + n + 3 + m
     partials = 2 * blocks * (n + res) + 4 * m / tiles.backward_dots.tokens
@@ -73,9 +70,3 @@ def recompute(channels: int, spec: ConnectionSpec, item_bytes: int) -> Bytes:
     n = spec.num_streams
     coefficients = 2 * n + _res_floats(spec) + 1
     return Bytes((n + 2) * channels * item_bytes, coefficients * FLOAT_BYTES, 0.0, channels * FLOAT_BYTES)
-
-
-def _split_width(channels: int, tiles: TileSet) -> int:
-    width = tiles.post_project.channels
-    per_split = -(-channels // tiles.project_splits)
-    return -(-per_split // width) * width

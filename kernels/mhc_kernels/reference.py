@@ -15,7 +15,8 @@ import torch
 import torch.nn.functional as functional
 from torch import Tensor
 
-from mhc_kernels.spec import Connection, ConnectionSpec, Mixing, coefficient_dtype
+from mhc_kernels.dtypes import coefficient_dtype
+from mhc_kernels.spec import Connection, ConnectionSpec, Mixing
 
 SMALLEST_LOG_RATIO = -80.0
 """exp(-80) is the smallest entry Sinkhorn starts from. Below it fp32 underflows and an all-zero row would be

@@ -1,5 +1,7 @@
 """What one sublayer connection is, and what passes through a seam. No arithmetic here.
 
+No torch either: tensors are named in types alone, so that who plans a run can say what its connections are.
+
 Shape letters: T tokens, N streams, C model width, D = N*C, M mixing coefficients per token.
 """
 
@@ -11,10 +13,10 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import StrEnum
-from typing import NamedTuple, Protocol
+from typing import TYPE_CHECKING, NamedTuple, Protocol
 
-import torch
-from torch import Tensor
+if TYPE_CHECKING:
+    from torch import Tensor
 
 SUPPORTED_STREAMS = (2, 4, 8)
 
@@ -192,8 +194,3 @@ class SeamBackend(Protocol):
     def recompute_block(self, streams_TNC: Tensor, kept: Sequence[Kept]) -> list[Regenerated]:
         """Streams and inputs of consecutive sublayers again, bit-equal to the forward, without graph."""
         ...
-
-
-def coefficient_dtype(stream_dtype: torch.dtype) -> torch.dtype:
-    """Coefficients are fp32; fp64 streams (oracles, gradcheck) keep everything in fp64."""
-    return torch.float64 if stream_dtype == torch.float64 else torch.float32

@@ -19,11 +19,12 @@ from typing import NamedTuple, Protocol
 
 import torch
 from mhc_kernels.seam import Connection as SeamParameters
-from mhc_kernels.seam import ConnectionSpec, Mixing, Seam, SeamBackend
+from mhc_kernels.seam import Seam, SeamBackend
 from torch import Tensor, nn
 
 from mhc_dist.config_sections import ModelConfig, ResidualConfig, ResidualKind
 from mhc_dist.model.norm import RMSNorm
+from mhc_dist.model.seam_spec import seam_spec
 
 
 class Mix(NamedTuple):
@@ -220,26 +221,6 @@ def attach_holder(module: nn.Module, holder: TapeHolder) -> None:
     for child in module.modules():
         if isinstance(child, ManifoldConnection | HyperConnection):
             child.holder = holder
-
-
-def seam_spec(config: ModelConfig, residual: ResidualConfig) -> ConnectionSpec:
-    """The numerics of a run's hyper-connections, as the kernels take them."""
-    mixing = {
-        ResidualKind.MHC: Mixing.SINKHORN,
-        ResidualKind.IDENTITY: Mixing.IDENTITY,
-        ResidualKind.MHC_LITE: Mixing.PERMUTATIONS,
-        ResidualKind.KROM: Mixing.KRONECKER,
-    }[residual.kind]
-    return ConnectionSpec(
-        num_streams=residual.num_streams,
-        mixing=mixing,
-        sinkhorn_iterations=residual.sinkhorn_iterations,
-        sinkhorn_eps=residual.sinkhorn_eps,
-        pre_eps=residual.pre_eps,
-        projection_norm_eps=config.norm_eps,
-        sublayer_norm_eps=config.norm_eps,
-        shifted_pre=residual.shifted_pre,
-    )
 
 
 def make_connection(

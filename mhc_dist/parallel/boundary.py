@@ -10,7 +10,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from mhc_kernels.spec import coefficient_dtype
+from mhc_kernels.dtypes import coefficient_dtype
 from torch import Tensor
 
 from mhc_dist.config import RunConfig

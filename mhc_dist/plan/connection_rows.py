@@ -1,24 +1,23 @@
 """Rows C per token that the connections between sublayers move. No torch.
 
-C is one row of width C in the activation format. The kernels' bytes are counted elsewhere, and
-`mhc_kernels.formula` equals them; it needs torch, so its sums are repeated here and a test holds them to it.
+C is one row of width C in the activation format. What the kernels move is `mhc_kernels.formula`, which equals
+their counted bytes.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
-from mhc_kernels.tiles import TileSet, tiles_for
+from mhc_kernels import formula
+from mhc_kernels.launch.sizes import parameter_splits
+from mhc_kernels.tiles import tiles_for
 
 from mhc_dist.config import RunConfig
 from mhc_dist.config_sections import ResidualKind
-from mhc_dist.model.coefficients import num_mixed, num_projected
+from mhc_dist.model.seam_spec import seam_spec
 
-FLOAT_BYTES = 4
-"""Of coefficients and partial sums, whatever the format of the streams."""
-
-PROGRAMS_WANTED, SMALLEST_TOKEN_SPLIT = 528, 256
-"""How tokens are split over programs that sum gradients of the projection (`mhc_kernels.launch.sizes`)."""
+TILES = "sm_90"
+"""Whose tiles the kernels take. Blackwell's move the same bytes: they differ in how far loads run ahead."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,56 +46,37 @@ sum, and writes one gradient for the two that were added; a chunk's last sum han
 
 
 def connection_work(config: RunConfig) -> ConnectionWork:
-    """Seam-fused kernels, two passes over the streams: 3n+2 rows of streams forward, 4n+4 backward (5n+4 at
-    n = 8), n+2 recomputed; beside them coefficients and partial sums. `enter` and `leave` are the half seams
-    at the ends of a chunk, whose coefficients are counted where they are made.
+    """Seam-fused kernels, two passes over the streams; one launch a microbatch.
+
+    `cross` is a whole seam. `enter` and `leave` are its halves at the ends of a chunk: `leave` finishes a
+    sublayer (x, y in, x' out; back: g, x, y in, dx, dy out), `enter` prepares the next one without y.
+    Coefficients and partial sums count where they are made, with `enter`.
     """
     n = config.residual.num_streams
     if config.residual.kind is ResidualKind.RESIDUAL:
         return PLAIN
     width = config.model.hidden_size
-    tiles = tiles_for("sm_90", n, width)
-    row_floats = width * (2 if config.train.precision == "bf16" else 4) / FLOAT_BYTES
+    value_bytes = 2 if config.train.precision == "bf16" else 4
     num_tokens = config.data.sequence_length * config.data.sequences_per_microbatch
-    m, res = num_projected(config.residual), num_mixed(config.residual) - 2 * n
-    more_streams = n if tiles.backward_phi is not None else 0
-    forward = _forward_floats(n, m, res, width, tiles, num_tokens) / row_floats
-    backward = _backward_floats(n, m, res, width, tiles, num_tokens) / row_floats
+    spec = seam_spec(config.model, config.residual)
+    tiles = tiles_for(TILES, n, width, value_bytes)
+    splits = parameter_splits(num_tokens, n, width, tiles)
+
+    def rows(moved: formula.Bytes) -> float:
+        return (moved.per_token + moved.constants / num_tokens) / (width * value_bytes)
+
+    cross = rows(formula.forward(width, spec, tiles, value_bytes))
+    cross_backward = rows(formula.backward(width, spec, tiles, value_bytes, splits))
     return ConnectionWork(
-        enter=2 * n + 1 + forward,
-        cross=3 * n + 2 + forward,
+        enter=cross - (n + 1),
+        cross=cross,
         leave=2 * n + 1,
-        enter_backward=4 * n + 2 + more_streams + backward,
-        cross_backward=4 * n + 4 + more_streams + backward,
+        enter_backward=cross_backward - 2,
+        cross_backward=cross_backward,
         leave_backward=3 * n + 2,
-        recompute=n + 2 + (2 * n + res + 1) / row_floats,
-        projection=2.0 * n * width * m,
+        recompute=rows(formula.recompute(width, spec, value_bytes)),
+        projection=2.0 * n * width * spec.num_coefficients,
     )
-
-
-def _forward_floats(n: int, m: int, res: int, width: int, tiles: TileSet, num_tokens: int) -> float:
-    """Coefficients, partial projections; of each launch, the projection's weights."""
-    coefficients = 3 * n + 2 * res + m + 2
-    return coefficients + 2 * tiles.project_splits * (m + 1) + m * n * width / num_tokens
-
-
-def _backward_floats(n: int, m: int, res: int, width: int, tiles: TileSet, num_tokens: int) -> float:
-    """Coefficients and their gradients, partial sums over channels; of each launch, the projection's weights,
-    and their gradient as partial sums over tokens.
-    """
-    blocks = _ceil(width, tiles.backward_apply.channels)
-    coefficients = 5 * n + 3 * res + 3 * m + 7
-    partials = 2 * blocks * (n + res) + 4 * m / tiles.backward_dots.tokens
-    phi_blocks = blocks
-    if tiles.backward_phi is not None:
-        coefficients += m
-        phi_blocks = _ceil(n * width, tiles.backward_phi.channels)
-    splits = max(1, min(num_tokens // SMALLEST_TOKEN_SPLIT, _ceil(PROGRAMS_WANTED, phi_blocks)))
-    return coefficients + partials + (2 + 2 * splits) * m * n * width / num_tokens
-
-
-def _ceil(number: int, divisor: int) -> int:
-    return -(-number // divisor)
 
 
 def unfused_connection_work(config: RunConfig) -> ConnectionWork:

@@ -17,6 +17,8 @@ from pathlib import Path
 from time import perf_counter
 from typing import Any
 
+import mhc_kernels
+
 from mhc_dist.bench.result import write_result
 from mhc_dist.config import dump_config, load_config
 from mhc_dist.guard.exit_codes import ExitCode
@@ -32,7 +34,8 @@ CONFIGS = Path(__file__).resolve().parents[2] / "configs"
 PLANNER = (
     *(ROOT / name for name in ("plan", "pipeline")),
     *(ROOT / "parallel" / f"{name}.py" for name in ("layout", "partition", "recompute")),
-    *(ROOT / "model" / f"{name}.py" for name in ("coefficients", "count", "flops")),
+    *(ROOT / "model" / f"{name}.py" for name in ("coefficients", "count", "flops", "seam_spec")),
+    *(Path(mhc_kernels.__path__[0], f"{name}.py") for name in ("formula", "launch/sizes", "spec", "tiles")),
 )
 """What a cell's figures depend on, of the code."""
 LABEL = "simulated: placed programs on costs derived from data sheets and the assumptions of the cluster file"

@@ -27,3 +27,8 @@ def tiles_of(streams_TNC: Tensor) -> TileSet:
     """The tiles of these streams on their device."""
     _, n, channels = streams_TNC.shape
     return tiles_for(device_architecture(streams_TNC.device), n, channels, streams_TNC.element_size())
+
+
+def product_precision(streams_TNC: Tensor, tiles: TileSet) -> str:
+    """Input precision of the matrix products."""
+    return tiles.precision if streams_TNC.dtype == torch.bfloat16 else "ieee"

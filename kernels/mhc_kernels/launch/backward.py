@@ -9,7 +9,7 @@ from torch import Tensor
 from mhc_kernels.ambient import on_its_gpu
 from mhc_kernels.device.backward_dots import backward_dots_kernel
 from mhc_kernels.launch import memory
-from mhc_kernels.launch.architecture import tiles_of
+from mhc_kernels.launch.architecture import product_precision, tiles_of
 from mhc_kernels.launch.backward_apply import (
     Behind,
     TokenGradients,
@@ -20,7 +20,7 @@ from mhc_kernels.launch.backward_apply import (
 from mhc_kernels.launch.memory import contiguous, inner_contiguous, rows_of
 from mhc_kernels.launch.mixings import mixing_code, padded_permutations, permutations
 from mhc_kernels.launch.reduce_partials import reduce_partials
-from mhc_kernels.launch.sizes import parameter_splits, product_precision, token_chunks
+from mhc_kernels.launch.sizes import parameter_splits, token_chunks
 from mhc_kernels.seam_function import InputGradients, SeamGradients, SeamSaved, Update
 from mhc_kernels.spec import Connection
 from mhc_kernels.tiles import power_of_two_at_least

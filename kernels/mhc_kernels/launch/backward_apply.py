@@ -12,9 +12,9 @@ from mhc_kernels.device.backward_apply import backward_apply_kernel
 from mhc_kernels.device.backward_phi import backward_phi_kernel
 from mhc_kernels.device.backward_streams import backward_streams_kernel
 from mhc_kernels.launch import memory
-from mhc_kernels.launch.architecture import tiles_of
+from mhc_kernels.launch.architecture import product_precision, tiles_of
 from mhc_kernels.launch.reduce_partials import reduce_partials
-from mhc_kernels.launch.sizes import product_precision, tokens_per_split
+from mhc_kernels.launch.sizes import tokens_per_split
 from mhc_kernels.seam_function import Update
 from mhc_kernels.tiles import Tile, power_of_two_at_least
 

@@ -10,10 +10,10 @@ from mhc_kernels.ambient import on_its_gpu
 from mhc_kernels.device.mix_pre import mix_pre_kernel
 from mhc_kernels.device.post_project import post_project_kernel
 from mhc_kernels.launch import memory
-from mhc_kernels.launch.architecture import tiles_of
+from mhc_kernels.launch.architecture import product_precision, tiles_of
 from mhc_kernels.launch.memory import contiguous, rows_of
 from mhc_kernels.launch.mixings import mixing_code, padded_permutations, permutations
-from mhc_kernels.launch.sizes import padded_coefficients, product_precision, split_channels, token_chunks
+from mhc_kernels.launch.sizes import padded_coefficients, split_channels, token_chunks
 from mhc_kernels.seam_function import SeamForward, Update
 from mhc_kernels.spec import Connection, Mixing
 from mhc_kernels.tiles import power_of_two_at_least

@@ -1,12 +1,12 @@
-"""How the work of a launch is cut: chunks of tokens, splits of tokens and of channels, padded widths."""
+"""How the work of a launch is cut: chunks of tokens, splits of tokens and of channels, padded widths.
+
+Standard library only: who plans a run asks the same questions.
+"""
 
 from __future__ import annotations
 
-import torch
-import triton  # type: ignore[import-untyped]
-from torch import Tensor
+from typing import NamedTuple
 
-from mhc_kernels.formula import TokenSplits
 from mhc_kernels.spec import ConnectionSpec
 from mhc_kernels.tiles import CHUNK_MULTIPLE, Tile, TileSet, power_of_two_at_least
 
@@ -14,6 +14,18 @@ PROGRAMS_WANTED = 528
 """Programs that backward_apply aims for: four per multiprocessor of the largest supported devices."""
 SMALLEST_TOKEN_SPLIT = 256
 """Below this many tokens per split, the partial dphi would outweigh what the split reads."""
+
+
+class TokenSplits(NamedTuple):
+    """Partial sums over tokens: of dphi and of dgain."""
+
+    phi: int
+    gain: int
+
+
+def ceil_divided(number: int, divisor: int) -> int:
+    """The least whole number of `divisor` that holds `number`."""
+    return -(-number // divisor)
 
 
 def token_chunks(num_tokens: int, chunk_tokens: int) -> list[slice]:
@@ -25,7 +37,7 @@ def token_chunks(num_tokens: int, chunk_tokens: int) -> list[slice]:
 
 def token_splits(num_tokens: int, channels: int, tile: Tile) -> int:
     """How many programs share one block of channels (or columns) in backward_apply and backward_phi."""
-    wanted = int(triton.cdiv(PROGRAMS_WANTED, triton.cdiv(channels, tile.channels)))
+    wanted = ceil_divided(PROGRAMS_WANTED, ceil_divided(channels, tile.channels))
     return max(1, min(num_tokens // SMALLEST_TOKEN_SPLIT, wanted))
 
 
@@ -39,7 +51,7 @@ def parameter_splits(num_tokens: int, num_streams: int, channels: int, tiles: Ti
 
 def tokens_per_split(num_tokens: int, splits: int, tile: Tile) -> int:
     """Whole tiles."""
-    return int(triton.cdiv(triton.cdiv(num_tokens, splits), tile.tokens) * tile.tokens)
+    return ceil_divided(ceil_divided(num_tokens, splits), tile.tokens) * tile.tokens
 
 
 def padded_coefficients(spec: ConnectionSpec) -> int:
@@ -49,8 +61,4 @@ def padded_coefficients(spec: ConnectionSpec) -> int:
 def split_channels(channels: int, tiles: TileSet) -> int:
     """Channels per split of post_project, a multiple of its tile."""
     width = tiles.post_project.channels
-    return int(triton.cdiv(triton.cdiv(channels, tiles.project_splits), width) * width)
-
-
-def product_precision(streams_TNC: Tensor, tiles: TileSet) -> str:
-    return tiles.precision if streams_TNC.dtype == torch.bfloat16 else "ieee"
+    return ceil_divided(ceil_divided(channels, tiles.project_splits), width) * width

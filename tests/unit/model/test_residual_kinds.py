@@ -13,9 +13,10 @@ from torch import Tensor
 from mhc_dist.config import ConfigError, RunConfig, load_config
 from mhc_dist.config_sections import ResidualConfig, ResidualKind
 from mhc_dist.model.coefficients import num_mixed, num_projected
-from mhc_dist.model.hyper_connection import ManifoldConnection, seam_spec
+from mhc_dist.model.hyper_connection import ManifoldConnection
 from mhc_dist.model.initialize import initialize
 from mhc_dist.model.language_model import LanguageModel
+from mhc_dist.model.seam_spec import seam_spec
 from mhc_dist.optim.parameter_groups import cast_to_bf16
 from tests.small import random_sequences, small_config
 

@@ -14,6 +14,7 @@ from mhc_kernels import formula, interpreted, traffic
 from mhc_kernels.device.reduce_partials import reduce_partials_kernel
 from mhc_kernels.launch import architecture
 from mhc_kernels.launch.reduce_partials import reduce_partials
+from mhc_kernels.launch.sizes import TokenSplits
 from mhc_kernels.seam import ConnectionSpec, Mixing
 from mhc_kernels.tiles import Tile, TileSet, tiles_for
 
@@ -53,7 +54,7 @@ def check_formula(num_streams: int, mixing: Mixing, dtype: torch.dtype) -> None:
     spec = ConnectionSpec(num_streams=n, mixing=mixing)
     expected = {
         "forward": formula.forward(CHANNELS, spec, tiles, item),
-        "backward": formula.backward(CHANNELS, spec, tiles, item, formula.TokenSplits(1, 1)),
+        "backward": formula.backward(CHANNELS, spec, tiles, item, TokenSplits(1, 1)),
         "recompute": formula.recompute(CHANNELS, spec, item),
     }
     for name, moved in expected.items():
@@ -102,7 +103,7 @@ def test_chunks_read_the_streams_once(shifted_pre: bool) -> None:
         "forward": ((2 * n + 2) * row, formula.forward(CHANNELS, spec, tiles, 2)),
         "backward": (
             (3 * n + 3) * row,
-            formula.backward(CHANNELS, spec, tiles, 2, formula.TokenSplits(1, 1)),
+            formula.backward(CHANNELS, spec, tiles, 2, TokenSplits(1, 1)),
         ),
     }
     for name, (streams, moved) in promises.items():
