@@ -35,10 +35,10 @@ def parallel_map(function: Callable[[Item], Result], items: Iterable[Item]) -> l
         # Spawned processes begin with the signals blocked that are blocked here. A Ctrl-C meanwhile waits.
         blocked = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
         try:
-            results = pool.map(function, listed)
+            futures = [pool.submit(function, item) for item in listed]
         finally:
             signal.pthread_sigmask(signal.SIG_SETMASK, blocked)
-        return list(results)
+        return [future.result() for future in futures]
 
 
 def _end_with(theirs: Connection) -> None:

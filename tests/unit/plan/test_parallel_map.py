@@ -21,7 +21,7 @@ TWO_SLEEPERS = """
 import os, sys, time
 from mhc_dist.plan.parallel_map import parallel_map
 os.sched_getaffinity = lambda _: {0, 1}
-parallel_map(time.sleep, [600.0, 600.0])
+parallel_map(time.sleep, 8 * [600.0])
 """
 
 
@@ -37,7 +37,7 @@ def test_what_goes_wrong_there_goes_wrong_here() -> None:
 
 @contextmanager
 def two_sleepers(tmp_path: Path) -> Iterator[tuple[subprocess.Popen[bytes], list[psutil.Process]]]:
-    """A process of a session of its own that maps over two items for ever, and its workers."""
+    """A process of a session of its own that maps over eight items for ever, and its two workers."""
     with (tmp_path / "said.txt").open("wb") as said:
         caller = subprocess.Popen(
             [sys.executable, "-c", TWO_SLEEPERS], stdout=said, stderr=said, start_new_session=True
