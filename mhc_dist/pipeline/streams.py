@@ -75,7 +75,10 @@ class Streams(Protocol):
     """What the executor, transfers and chunks need of streams."""
 
     def transfer(self, lane: str, start: Callable[[], Work], buffers: Sequence[Tensor]) -> Flight:
-        """Start a transfer on its lane, after all work given to the compute stream so far."""
+        """Start a transfer on its lane, after all work given to the compute stream so far.
+
+        buffers: all memory that it reads or writes, held until it has landed or is released.
+        """
         ...
 
     def position(self) -> Token:

@@ -6,13 +6,14 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from mhc_dist.model.linear import GroupedLinear, Linear
 from mhc_dist.parallel.stage import Stage
 from mhc_dist.pipeline.action import Action, ActionKind
 from mhc_dist.pipeline.receives import COMPUTE_KINDS
-from mhc_dist.pipeline.streams import Flight, HostStreams
+from mhc_dist.pipeline.streams import Flight, HostStreams, tensors_in
 from tests.unit.parallel.recorded_run import recorded_config, run_steps
 
 TRAINED = ("1f1b", "zb1p", "zbv", "dualpipev", "interleaved", "gpipe")
@@ -50,6 +51,33 @@ def test_receives_are_posted_before_there_is_nothing_else_to_do(schedule: str, c
             assert posted_at.pop((event.chunk, event.microbatch, event.direction)) < num_computed
     assert not posted_at
     assert "posted" in history
+
+
+def test_a_transfer_is_given_all_memory_that_it_touches() -> None:
+    """Oracle: the tensors that torch.distributed is called with, for every transfer of a step."""
+    lanes: set[str] = set()
+
+    class Watched(HostStreams):
+        def transfer(self, lane: str, start: Any, buffers: Any) -> Flight:
+            lanes.add(lane)
+            touched: list[int] = []
+
+            def watched(real: Any) -> Any:
+                def call(*arguments: Any, **named: Any) -> Any:
+                    touched.extend(tensor.data_ptr() for tensor in tensors_in(arguments))
+                    return real(*arguments, **named)
+
+                return call
+
+            with pytest.MonkeyPatch.context() as patch:
+                for name in ("all_to_all_single", "isend", "irecv"):
+                    patch.setattr(dist, name, watched(getattr(dist, name)))
+                flight = super().transfer(lane, start, buffers)
+            assert sorted(touched) == sorted(tensor.data_ptr() for tensor in buffers)
+            return flight
+
+    run_steps(recorded_config("1f1b"), 0, Watched())
+    assert lanes == {"exchange F", "exchange B", "message 0>1", "message 1>0"}
 
 
 @pytest.mark.parametrize("schedule", ["zb1p", "zbv", "dualpipev"])
