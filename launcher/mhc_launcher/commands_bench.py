@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
-
 import typer
+
+from mhc_launcher.modules import run_module
 
 bench_app = typer.Typer(
     no_args_is_help=True,
@@ -19,46 +17,40 @@ PASS_ON = {"allow_extra_args": True, "ignore_unknown_options": True, "help_optio
 @bench_app.command(context_settings=PASS_ON)
 def overlap(context: typer.Context) -> None:
     """How much of all-to-all and recomputation placement hides (`--help` for options)."""
-    raise typer.Exit(_measure("mhc_dist.bench.overlap", context.args))
+    raise typer.Exit(run_module("mhc_dist.bench.overlap", context.args))
 
 
 @bench_app.command(context_settings=PASS_ON)
 def overhead(context: typer.Context) -> None:
     """Steps with hyper-connections against steps with the plain residual (`--help` for options)."""
-    raise typer.Exit(_measure("mhc_dist.bench.overhead", context.args))
+    raise typer.Exit(run_module("mhc_dist.bench.overhead", context.args))
 
 
 @bench_app.command(context_settings=PASS_ON)
 def memory(context: typer.Context) -> None:
     """What each recompute mode keeps for the backward, against the formula (`--help` for options)."""
-    raise typer.Exit(_measure("mhc_dist.bench.memory", context.args))
+    raise typer.Exit(run_module("mhc_dist.bench.memory", context.args))
 
 
 @bench_app.command(context_settings=PASS_ON)
 def checkpoint(context: typer.Context) -> None:
     """For how long saving stops training, at once and while it goes on (`--help` for options)."""
-    raise typer.Exit(_measure("mhc_dist.bench.checkpoint", context.args))
+    raise typer.Exit(run_module("mhc_dist.bench.checkpoint", context.args))
 
 
 @bench_app.command(context_settings=PASS_ON)
 def simulator(context: typer.Context) -> None:
     """Predicted against measured steps, for every schedule and recompute mode (`--help` for options)."""
-    raise typer.Exit(_measure("mhc_dist.bench.simulator", context.args))
+    raise typer.Exit(run_module("mhc_dist.bench.simulator", context.args))
 
 
 @bench_app.command(context_settings=PASS_ON)
 def instruments(context: typer.Context) -> None:
     """What metrics, logs and stability measurements cost (`--help` for options)."""
-    raise typer.Exit(_measure("mhc_dist.bench.instruments", context.args))
+    raise typer.Exit(run_module("mhc_dist.bench.instruments", context.args))
 
 
 @bench_app.command(context_settings=PASS_ON)
 def peers(context: typer.Context) -> None:
     """The same layers under DeepSpeed's and torch's DualPipeV and ours (`--help` for options)."""
-    raise typer.Exit(_measure("mhc_dist.bench.peers", context.args))
-
-
-def _measure(module: str, arguments: list[str]) -> int:
-    # One thread a rank, set before torch is imported: two ranks on two cores must not fight for them.
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    return subprocess.run([sys.executable, "-m", module, *arguments], env=environment, check=False).returncode
+    raise typer.Exit(run_module("mhc_dist.bench.peers", context.args))

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import json
 import math
+import signal
 import tempfile
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
@@ -75,13 +76,16 @@ def run_ranks(measure: Callable[..., None], config: RunConfig, *arguments: Any) 
     memory = "/dev/shm" if Path("/dev/shm").is_dir() else None
     with tempfile.TemporaryDirectory(prefix="bench_", dir=memory) as folder:
         result, refused = Path(folder) / "figures.json", Path(folder) / "refused"
+        ranks = start_processes(
+            _run_rank,
+            (measure, refused, f"{folder}/store", config, *arguments, result),
+            nprocs=config.num_processes,
+            join=False,
+            start_method="fork",
+        )
         try:
-            start_processes(
-                _run_rank,
-                (measure, refused, f"{folder}/store", config, *arguments, result),
-                nprocs=config.num_processes,
-                start_method="fork",
-            )
+            while not ranks.join():
+                pass
         except ProcessRaisedException as error:
             if refused.is_file():
                 raise ValueError(refused.read_text()) from error
@@ -92,11 +96,19 @@ def run_ranks(measure: Callable[..., None], config: RunConfig, *arguments: Any) 
                 f" ({error.signal_name or f'exit code {error.exit_code}'}) while it measured. Its own output"
                 " says why; a SIGKILL without any is often the kernel, out of memory."
             ) from error
+        finally:
+            # Where a request to stop came: ranks that wait for each other do not end by themselves.
+            for process in ranks.processes:
+                process.kill()
+                process.join()
         figures: dict[str, Any] = json.loads(result.read_text())
     return figures
 
 
 def _run_rank(rank: int, measure: Callable[..., None], refused: Path, *arguments: Any) -> None:
+    # A request to stop goes to all processes: a rank just ends, what started it clears up.
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
     try:
         measure(rank, *arguments)
     except ValueError as error:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import signal
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -42,7 +43,7 @@ class Bench:
 
     def main(self, arguments: Sequence[str] | None = None) -> None:
         """Measure, write the file, print. What the user got wrong ends with code 2 and one line, a process
-        that is gone with code 81.
+        that is gone with code 81, Ctrl-C and SIGTERM without a word: who sent it knows.
         """
         parser = argparse.ArgumentParser(
             prog=f"mhc-dist bench {self.name}",
@@ -59,6 +60,8 @@ class Bench:
         )
         parser.add_argument("--json", action="store_true", help="print the figures alone")
         options = parser.parse_args(arguments)
+        # SIGTERM as Ctrl-C: processes are ended and folders removed on the way out.
+        before = signal.signal(signal.SIGTERM, signal.default_int_handler)
         try:
             config = load_config(options.config, [*self.settings(options), *options.set])
             outcome = self.measure(config, options)
@@ -68,6 +71,10 @@ class Bench:
         except RankEndedError as error:
             print(f"mhc-dist: {error}", file=sys.stderr)
             sys.exit(ExitCode.PEER_DIED)
+        except KeyboardInterrupt:
+            sys.exit(128 + signal.SIGINT)
+        finally:
+            signal.signal(signal.SIGTERM, before)
         command = shown_command(self.name, arguments)
         path = write_result(outcome.stem, options.results, command, outcome.label, outcome.figures)
         if outcome.replaces is not None:

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import json
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
+import psutil
 import pytest
 
 MHC_DIST = str(Path(sys.executable).with_name("mhc-dist"))
@@ -37,6 +40,24 @@ def test_overlap_bench_ends_with_its_figures(tmp_path: Path) -> None:
     assert written["figures"] == figures
     assert written["label"].startswith("emulated link")
     assert written["conditions"]["commit"]
+
+
+@pytest.mark.long
+@pytest.mark.timeout(240)
+def test_overlap_bench_ends_on_ctrl_c_in_one_line(tmp_path: Path) -> None:
+    """Oracle: a shell's exit code for Ctrl-C, one line, and none of the bench's processes left."""
+    command = [MHC_DIST, "bench", "overlap", "--results", str(tmp_path)]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    launcher = psutil.Process(process.pid)
+    while len(found := launcher.children(recursive=True)) < 3:  # the bench and two ranks
+        assert process.poll() is None
+        time.sleep(0.1)
+    process.send_signal(signal.SIGINT)
+    output, errors = process.communicate(timeout=60)
+    assert (process.returncode, output, errors) == (130, "", "mhc-dist: stopped by SIGINT.\n")
+    gone, _ = psutil.wait_procs(found, timeout=10)
+    assert len(gone) == len(found)
+    assert not list(tmp_path.iterdir())
 
 
 def test_wrong_layout_is_refused_in_one_line() -> None:

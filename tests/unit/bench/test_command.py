@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import argparse
+import multiprocessing
 import os
 import signal
+import time
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +34,11 @@ def fails(rank: int, store: str, config: RunConfig, result: Path) -> None:
     signal.pause()
 
 
+def waits(rank: int, store: str, config: RunConfig, result: Path) -> None:
+    Path(os.environ["STARTED"], f"{os.getpid()}").write_text(store)
+    signal.pause()
+
+
 def bench(measure: Any) -> Bench:
     def run(config: RunConfig, options: argparse.Namespace) -> Outcome:
         return Outcome("name", "label", run_ranks(measure, config))
@@ -55,6 +62,33 @@ def test_what_a_rank_ends_with_is_told_in_one_line(
     assert ended.value.code == code
     assert text in capfd.readouterr().err
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_request_to_stop_ends_all_ranks(
+    number: signal.Signals, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Oracle: a shell's exit code for Ctrl-C; nothing is printed, no rank and no folder of theirs is left."""
+    monkeypatch.setenv("STARTED", str(tmp_path))
+    output = tmp_path / "output"
+
+    def main() -> None:
+        with output.open("w") as to:
+            os.dup2(to.fileno(), 2)
+            bench(waits).main(["--results", str(tmp_path)])
+
+    process = multiprocessing.get_context("fork").Process(target=main)
+    process.start()
+    assert process.pid is not None
+    while len(started := [path for path in tmp_path.iterdir() if path.name.isdigit()]) < 2:
+        assert process.is_alive(), output.read_text()
+        time.sleep(0.01)
+    os.kill(process.pid, number)
+    process.join(30.0)
+    assert (process.exitcode, output.read_text()) == (130, "")
+    for path in started:
+        assert not Path("/proc", path.name).exists()
+        assert not Path(path.read_text()).parent.exists()
 
 
 def test_a_mistake_of_ours_keeps_its_traceback(tmp_path: Path) -> None:
