@@ -66,7 +66,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         now = conditions()["commit"]
         chosen = [part for part in chosen if part.commit != now]
     if options.list:
-        print("\n".join(f"{part.name:20}{part.line}" for part in chosen))
+        width = 2 + max((len(part.name) for part in chosen), default=0)
+        print("\n".join(f"{part.name:{width}}{part.line}" for part in chosen))
         return ExitCode.OK
     return run_all(chosen)
 

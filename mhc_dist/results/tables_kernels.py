@@ -6,6 +6,9 @@ from mhc_dist.results.collection import Collection
 from mhc_dist.results.shown import table
 from mhc_dist.results.sourced import with_source
 
+CHUNKED = ("traffic_chunked", "traffic_chunked_256", "traffic_chunked_shifted")
+"""A width of 256 shows what the carried H_pre of `shifted_pre` costs: coefficients weigh most there."""
+
 
 def traffic(collection: Collection) -> str:
     """Ours at two widths beside what others move, in rows C per token and sublayer."""
@@ -18,17 +21,17 @@ def traffic(collection: Collection) -> str:
     rows.append(
         ["of it streams", *(f"{ours['phases'][p]['streams']:g}" for p in phases[:3]), f"{ours['streams']:g}"]
     )
-    chunked = collection.get("traffic_chunked")
-    if chunked is not None:
-        of = chunked.figures
+    chunked = [name for name in CHUNKED if collection.get(name) is not None]
+    for name in chunked:
+        of = collection.need(name).figures
         title = f"launched in chunks, behind a modelled cache, C = {of['channels']}"
+        title += ", `shifted_pre`: one pass" if of["shifted_pre"] else ""
         rows.append([title, *(f"{of[phase]:.1f}" for phase in phases)])
     rows += [
         [f"{name} (read from source)", *("" if of[p] is None else f"{of[p]:g}" for p in phases)]
         for name, of in ours["field"].items()
     ]
-    names = ["traffic_1280", "traffic_2560"] + ["traffic_chunked"] * (chunked is not None)
-    return with_source(collection, table(["rows C", *phases], rows), *names)
+    return with_source(collection, table(["rows C", *phases], rows), "traffic_1280", "traffic_2560", *chunked)
 
 
 def processor(collection: Collection) -> str:
