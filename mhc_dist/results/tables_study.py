@@ -98,13 +98,13 @@ def _sinkhorn_in_words(figures: Mapping[str, Any]) -> str:
     )
     sums = [shown(case["column_residual"][end], ".2g") for case in (narrow, wide) for end in (0, -1)]
     exact = max(of["column_residual"] for of in figures["exact"].values())
-    return fill(
-        f"From {wide['iterations'][0]} to {wide['iterations'][-1]} iterations the worst column sum gets from"
-        f" {sums[0]} to {sums[1]} near 1 for logits of width {widths[0]}, but from {sums[2]} to {sums[3]} only"
-        f" for width {widths[-1]}. The gain of {figures['num_sublayers']} mixes is {wide['gain'][-1]:.4f} there:"
-        " what single columns miss averages out over independent mixes. At that width and 20 iterations the eps"
-        f" of 1e-6 changes an entry of a mix by up to {eps:.2g}, so the two conventions are two functions;"
-        f" rounding logits to bf16 changes one by up to {bf16:.2g}. Exact mixes have sums within {exact:.1g} of 1"
-        " at any width, without iterations.",
-        LINE,
+    words = (
+        f"From {wide['iterations'][0]} to {wide['iterations'][-1]} iterations the worst column sum gets",
+        f"from {sums[0]} to {sums[1]} near 1 for logits of width {widths[0]}, but from {sums[2]} to {sums[3]}",
+        f"only for width {widths[-1]}. The gain of {figures['num_sublayers']} mixes is",
+        f"{wide['gain'][-1]:.4f} there: what single columns miss averages out over independent mixes.",
+        f"At that width and 20 iterations the eps of 1e-6 changes an entry of a mix by up to {eps:.2g}, so the",
+        f"two conventions are two functions; rounding logits to bf16 changes one by up to {bf16:.2g}. Exact",
+        f"mixes have sums within {exact:.1g} of 1 at any width, without iterations.",
     )
+    return fill(" ".join(words), LINE)
