@@ -100,11 +100,11 @@ def _sinkhorn_in_words(figures: Mapping[str, Any]) -> str:
     exact = max(of["column_residual"] for of in figures["exact"].values())
     words = (
         f"From {wide['iterations'][0]} to {wide['iterations'][-1]} iterations the worst column sum gets",
-        f"from {sums[0]} to {sums[1]} near 1 for logits of width {widths[0]}, but from {sums[2]} to {sums[3]}",
-        f"only for width {widths[-1]}. The gain of {figures['num_sublayers']} mixes is",
+        f"from {sums[0]} to {sums[1]} near 1 for logits of width {widths[0]}, but from {sums[2]} to",
+        f"{sums[3]} only for width {widths[-1]}. The gain of {figures['num_sublayers']} mixes is",
         f"{wide['gain'][-1]:.4f} there: what single columns miss averages out over independent mixes.",
-        f"At that width and 20 iterations the eps of 1e-6 changes an entry of a mix by up to {eps:.2g}, so the",
-        f"two conventions are two functions; rounding logits to bf16 changes one by up to {bf16:.2g}. Exact",
+        f"At that width and 20 iterations the eps of 1e-6 changes an entry of a mix by up to {eps:.2g}, so",
+        f"the two conventions are two functions; rounding logits to bf16, by up to {bf16:.2g}. Exact",
         f"mixes have sums within {exact:.1g} of 1 at any width, without iterations.",
     )
     return fill(" ".join(words), LINE)
