@@ -25,6 +25,8 @@ from mhc_dist.guard.exit_codes import ExitCode
 from mhc_dist.guard.watch_limits import WatchLimits
 from mhc_dist.model.moe import Router
 from mhc_dist.observe.run_log import LOG_FILE, read_log
+from mhc_dist.pipeline.action import Action, ActionKind, Pass
+from mhc_dist.pipeline.executor import _Run
 from mhc_dist.pipeline.streams import Flight, HostStreams
 from mhc_dist.plan.run_programs import RunPrograms, plan_run
 from tests.multi_rank.forked_run import ForkedRun, run_to_end, write_corpus
@@ -119,6 +121,62 @@ def test_a_rank_killed_in_the_middle_of_a_transfer_is_named(
     (line,) = re.findall(r"^\[rank 0\] rank 1 .*$", output, re.MULTILINE)
     assert re.search(r"died: its process is gone\. Last known action: .+, begun \d+\.\d s ago", line), line
     assert re.search(rf"This rank was in ({waiting}|step.*) for \d+\.\d", line), line
+    assert "Traceback" not in output, output
+
+
+@pytest.mark.parametrize(
+    ("kind", "item", "direction"),
+    [
+        (ActionKind.REDUCE, "", None),
+        pytest.param(ActionKind.ISSUE, "counts", Pass.FORWARD, marks=pytest.mark.long),
+        pytest.param(ActionKind.ISSUE, "combine", Pass.BACKWARD, marks=pytest.mark.long),
+        pytest.param(ActionKind.SEND, "", Pass.FORWARD, marks=pytest.mark.long),
+        pytest.param(ActionKind.STEP, "", None, marks=pytest.mark.long),
+    ],
+    ids=["reduction", "counts", "backward combine", "send", "step"],
+)
+def test_a_rank_that_dies_before_an_action_is_named_by_all_others(
+    kind: ActionKind, item: str, direction: Pass | None, corpus: Path, tmp_path: Path
+) -> None:
+    """Its expert peer, its pipeline neighbours and who is neither: all end with the same code, each with its
+    own action; of the dead rank they know its last heartbeat. Of a reduction no survivor has all it needs.
+    """
+    victim = 3
+
+    def prepare(rank: int) -> None:
+        if rank != victim:
+            return
+        real, first = _Run.do, None
+
+        def do(self: _Run, action: Action) -> Any:
+            nonlocal first
+            first = first or time.monotonic()
+            hit = action.kind is kind and action.item.startswith(item) and action.direction is direction
+            if hit and time.monotonic() - first > 4 * WatchLimits().heartbeat_seconds:
+                os.kill(os.getpid(), signal.SIGKILL)
+            return real(self, action)
+
+        _Run.do = do  # type: ignore[method-assign]
+
+    schedule = {"name": "dualpipev", "num_microbatches": 4}
+    config = run_config(
+        tmp_path, corpus, (2, 2, 2), steps=100_000, schedule=schedule, model={"num_layers": 4}
+    )
+    run = ForkedRun(config, prepare=prepare)
+    codes = run.wait()
+    output = run.output.read_text()
+    assert codes == [*[ExitCode.PEER_DIED] * victim, -signal.SIGKILL], output
+    told = re.findall(
+        r"^\[rank (\d)\] rank 3 \(.*\) died: its process is gone\. Last known action: (.+), begun \d+\.\d s"
+        r" ago\. This rank was in (.+) for \d+\.\d s\.",
+        output,
+        re.MULTILINE,
+    )
+    assert sorted(rank for rank, _, _ in told) == ["0", "1", "2"], output
+    if kind is ActionKind.REDUCE:
+        for rank, _, action in told:
+            others = ", ".join(sorted({"0", "1", "2", "3"} - {rank}))
+            assert action == f"step, waiting for gradients of ranks {others}", output
     assert "Traceback" not in output, output
 
 

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from mhc_dist.parallel.expert_exchange import ExpertExchange
 from mhc_dist.pipeline.action import CHUNK_INPUT, CHUNK_OUTPUT, ChunkShape, PhaseShape
 from mhc_dist.pipeline.executor import Executor, Microbatch
 from mhc_dist.pipeline.hazards import Entry, Record, Wait, find_hazards
@@ -68,3 +69,22 @@ def test_what_is_given_needs_no_wait() -> None:
     log = forward(0)
     assert not find_hazards(log)
     assert [stream for stream, _ in awaited_by_urgent(log)] == ["compute", "message 1>0", "compute"]
+
+
+def test_what_an_exchange_brings_is_there_after_its_token() -> None:
+    """Oracle: the checker: the urgent stream reads the plan that the host made of counts, beside compute, and
+    the rows that it asked for.
+    """
+    recorder, sent = Recorder(), torch.tensor([1, 0, 2, 1])
+    with recorder, loopback():
+        streams, group = RecordedStreams(recorder), object()
+        exchange = ExpertExchange(4, 2, group, group, streams)  # type: ignore[arg-type]
+        counts = exchange.issue_counts(sent)
+        plan = counts.wait()
+        with streams.reading([counts.token]):
+            streams.urgently(lambda order_S: (order_S + 1,), plan.order_S)
+        rows = exchange.issue_dispatch(torch.ones(sum(plan.send_counts), 3), plan)
+        arrived = rows.wait()
+        with streams.reading([rows.token]):
+            streams.urgently(lambda rows_SC: (rows_SC + 1,), arrived)
+    assert not find_hazards(recorder.log)
