@@ -6,14 +6,15 @@ their counted bytes.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from mhc_kernels import formula
 from mhc_kernels.launch.sizes import parameter_splits
 from mhc_kernels.tiles import tiles_for
 
 from mhc_dist.config import RunConfig
-from mhc_dist.config_sections import ResidualKind
+from mhc_dist.config_sections import ResidualConfig, ResidualKind
+from mhc_dist.model.coefficients import num_projected
 from mhc_dist.model.seam_spec import seam_spec
 
 TILES = "sm_90"
@@ -24,7 +25,8 @@ TILES = "sm_90"
 class ConnectionWork:
     """Rows C per token that one sublayer's connection moves, and operations of its projection.
 
-    recompute: rows moved to bring back what a recomputing block dropped.
+    recompute: rows moved to bring back what a recomputing block dropped. expand, collapse: rows at the
+    model's ends, from one embedded row to all streams, and from those to the head's normalised input.
     """
 
     enter: float
@@ -35,18 +37,34 @@ class ConnectionWork:
     leave_backward: float
     recompute: float
     projection: float
+    expand: float
+    expand_backward: float
+    collapse: float
+    collapse_backward: float
 
 
 PLAIN = ConnectionWork(
-    enter=2, cross=4, leave=3, enter_backward=4, cross_backward=4, leave_backward=0, recompute=0, projection=0
+    enter=2,
+    cross=4,
+    leave=3,
+    enter_backward=4,
+    cross_backward=4,
+    leave_backward=0,
+    recompute=0,
+    projection=0,
+    expand=2,
+    expand_backward=2,
+    collapse=2,
+    collapse_backward=3,
 )
 """The plain residual at its best: one pass that adds and normalises. Backward it reads both gradients and the
 sum, and writes one gradient for the two that were added; a chunk's last sum hands its gradient on as it is.
+At the ends, an embedded row is looked up, and the last one normalised.
 """
 
 
 def connection_work(config: RunConfig) -> ConnectionWork:
-    """Seam-fused kernels, two passes over the streams; one launch a microbatch.
+    """Seam-fused kernels, two passes over the streams; one launch a microbatch. `hc` has none.
 
     `cross` is a whole seam. `enter` and `leave` are its halves at the ends of a chunk: `leave` finishes a
     sublayer (x, y in, x' out; back: g, x, y in, dx, dy out), `enter` prepares the next one without y.
@@ -55,6 +73,8 @@ def connection_work(config: RunConfig) -> ConnectionWork:
     n = config.residual.num_streams
     if config.residual.kind is ResidualKind.RESIDUAL:
         return PLAIN
+    if config.residual.kind is ResidualKind.HC:
+        return unfused_connection_work(config)
     width = config.model.hidden_size
     value_bytes = 2 if config.train.precision == "bf16" else 4
     num_tokens = config.data.sequence_length * config.data.sequences_per_microbatch
@@ -76,21 +96,36 @@ def connection_work(config: RunConfig) -> ConnectionWork:
         leave_backward=3 * n + 2,
         recompute=rows(formula.recompute(width, spec, value_bytes)),
         projection=2.0 * n * width * spec.num_coefficients,
+        **_ends(config.residual),
     )
 
 
-def unfused_connection_work(config: RunConfig) -> ConnectionWork:
-    """The same operation by operation: 5n+1 rows read and 3n+1 written forward (mHC paper, table 2). The
-    backward is taken as twice that, as for other element-wise steps; recompute repeats the sum over streams
-    and the norm.
+def _ends(residual: ResidualConfig) -> dict[str, float]:
+    """Rows at the model's ends. A learned head reads the streams for their weights and again to sum them;
+    back it does so for the gradients of both, and writes that of the streams.
     """
-    n = config.residual.num_streams
-    fused = connection_work(config)
-    if config.residual.kind is ResidualKind.RESIDUAL:
-        return fused
-    forward = (5 * n + 1) + (3 * n + 1)
-    return replace(
-        fused,
+    n = residual.num_streams
+    learned = residual.reduce == "learned" and n > 1
+    return {
+        "expand": 1 + n,
+        "expand_backward": n + 1,
+        "collapse": 2 * n + 1 if learned else n + 1,
+        "collapse_backward": (n + 1) + (2 * n + 1) if learned else n + 2,
+    }
+
+
+def unfused_connection_work(config: RunConfig) -> ConnectionWork:
+    """The same operation by operation: 5n+1 rows read and 3n+1 written forward (mHC paper, table 2), and the
+    norm's two, which the fused kernels contain. The backward is taken as twice that, as for other
+    element-wise steps; recompute repeats the sum over streams and the norm.
+    """
+    residual, n = config.residual, config.residual.num_streams
+    if residual.kind is ResidualKind.RESIDUAL:
+        return PLAIN
+    forward = (5 * n + 1) + (3 * n + 1) + 2
+    # `hc` projects every stream by itself onto n + 2 numbers, the others all streams at once.
+    projected = n + 2 if residual.kind is ResidualKind.HC else num_projected(residual)
+    return ConnectionWork(
         enter=forward / 2,
         cross=forward,
         leave=forward / 2,
@@ -98,4 +133,6 @@ def unfused_connection_work(config: RunConfig) -> ConnectionWork:
         cross_backward=2 * forward,
         leave_backward=forward,
         recompute=3 * n + 2,
+        projection=2.0 * n * config.model.hidden_size * projected,
+        **_ends(residual),
     )

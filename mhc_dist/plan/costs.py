@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from math import gcd
 from typing import Literal
 
 from mhc_dist.config import RunConfig
 from mhc_dist.config_sections import ResidualKind
 from mhc_dist.parallel.layout import ChunkPlace, expert_layers
-from mhc_dist.pipeline.action import CHUNK_INPUT, PhaseShape
+from mhc_dist.pipeline.action import CHUNK_INPUT, CHUNK_OUTPUT, PhaseShape
 from mhc_dist.pipeline.cost import CostTable, ExchangeCost, MessageCost, PhaseCost
 from mhc_dist.plan.charge import Charge
 from mhc_dist.plan.cluster import Link
@@ -31,6 +32,10 @@ from mhc_dist.plan.work import (
 
 SCORES_BACKWARD = 2.5
 """Operations of attention's backward over its forward: five matrix products instead of two."""
+
+TF32_SHARE = 0.5
+"""Of the bf16 rate: what matrix units do in tf32, in which connections multiply bf16 streams by fp32 weights
+(data sheets of H100 and B200: 495 of 989 and 1100 of 2250 teraflops, dense)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,7 +109,11 @@ class CostModel:
             + seams.crosses * timed.cross_backward
             + seams.leaves * timed.leave_backward
         )
-        projection = self._matmul_seconds(timed.projection * crossings * tokens, layout)
+        if place.is_first and CHUNK_INPUT in shape.reads:
+            rows, rows_backward = rows + timed.expand, rows_backward + timed.expand_backward
+        if place.is_last and CHUNK_OUTPUT in shape.writes:
+            rows, rows_backward = rows + timed.collapse, rows_backward + timed.collapse_backward
+        projection = self._projection_seconds(timed.projection * crossings * tokens, layout)
         forward_values = tokens * (work.values + rows * width)
         backward_values = tokens * (2 * work.values + rows_backward * width)
         matmul = self._matmul_seconds(work.linear * tokens, layout)
@@ -174,9 +183,13 @@ class CostModel:
         return _Parts(Seams(enters, sublayers - enters, leaves), work, kept)
 
     def _exchange(self, layout: Layout, name: str) -> ExchangeCost:
-        """All-to-all over the expert group: inside a node as far as it fits, the rest over the network."""
-        inside = min(layout.expert, self.cluster.devices_per_node)
-        lane = "node" if layout.expert <= self.cluster.devices_per_node else "network"
+        """All-to-all over the expert group: inside a node as far as it lies there, the rest over the network.
+
+        Groups follow each other through the nodes. Where their size and a node's do not divide each other,
+        some straddle nodes, and their members that are most alone are waited for.
+        """
+        inside = gcd(layout.expert, self.cluster.devices_per_node)
+        lane = "node" if inside == layout.expert else "network"
         node, network = self.cluster.node_link, self.cluster.network_link
         latency = network.latency_seconds.value if lane == "network" else node.latency_seconds.value
         if layout.expert == 1:
@@ -216,6 +229,11 @@ class CostModel:
         device = self.cluster.device
         rate = self.cluster.matmul_rate(self._precision) * device.matmul_efficiency.value
         return operations / (rate * self._share(layout))
+
+    def _projection_seconds(self, operations: float, layout: Layout) -> float:
+        """Products with a connection's fp32 weights. fp32 streams are multiplied in fp32."""
+        seconds = self._matmul_seconds(operations, layout)
+        return seconds / TF32_SHARE if self._precision == "bf16" else seconds
 
     def _attention_seconds(self, operations: float, layout: Layout) -> float:
         device = self.cluster.device

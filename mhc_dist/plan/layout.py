@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from functools import lru_cache
 
 from mhc_dist.config import RunConfig
-from mhc_dist.config_sections import RecomputeConfig, ResidualKind
+from mhc_dist.config_sections import RecomputeConfig, ResidualConfig, ResidualKind
 from mhc_dist.parallel.layout import ChunkPlace, chunk_places, chunk_shape, places_between
 from mhc_dist.parallel.recompute import drop_everything, drop_streams
 from mhc_dist.pipeline.action import ChunkShape
@@ -87,6 +87,11 @@ def sized(config: RunConfig, layout: Layout) -> RunConfig:
     return config.model_copy(update={"data": data})
 
 
+def regenerates_streams(residual: ResidualConfig) -> bool:
+    """Whether blocks of sublayers can drop their streams: `recompute.mode` mhc."""
+    return residual.kind not in (ResidualKind.RESIDUAL, ResidualKind.HC)
+
+
 @dataclass(frozen=True)
 class Shapes:
     """Chunks of a layout: where they lie in the model, and their dataflow."""
@@ -108,7 +113,7 @@ def planned_shapes(config: RunConfig, chunk_rank: Sequence[int], layout: Layout)
         shape = chunk_shape(kept, place)
         if layout.recompute_everything:
             shape = drop_everything(shape)
-        elif layout.recompute_block is not None and config.residual.kind is not ResidualKind.RESIDUAL:
+        elif layout.recompute_block is not None and regenerates_streams(config.residual):
             shape = drop_streams(shape, layout.recompute_block)
         chunks.append(shape)
     return Shapes(places, tuple(chunks))

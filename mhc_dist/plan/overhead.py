@@ -5,13 +5,15 @@ parts add up to the whole exactly:
 
     memory-forced   the plain residual in the run's layout, against its own best, where the run does not fit
     layout          the same where it would fit, but is slower: what it adds costs more in that layout
-    kernels         the connections' kernels instead of one fused add and norm
+    kernels         the connections' kernels instead of one fused add and norm; what they repeat, too, where
+                    even the plain residual recomputes everything
     recompute       regenerating streams
     p2p             n streams between pipeline ranks instead of one
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 from mhc_dist.config import RunConfig
@@ -27,7 +29,8 @@ from mhc_dist.plan.search import search
 @dataclass(frozen=True)
 class Overhead:
     """Ratios of the plain residual's best step. `plain` is that step's evaluation; `plain_in_same_layout` has
-    the run's schedule, ranks and microbatches, cut where either is fastest.
+    the run's schedule, ranks and microbatches, is cut where either is fastest, and recomputes everything
+    where it would not fit otherwise.
     """
 
     ratio: float
@@ -51,12 +54,13 @@ def overhead(config: RunConfig, machine: Machine, num_devices: int, chosen: Eval
     """Compare `chosen` (of `config`) with the plain residual on the same devices."""
     plain_config = plain_residual(config)
     layout = chosen.layout
-    in_layout = fastest_cut(plain_config, machine, same_layout(layout))
+    in_layout = plain_in_layout(plain_config, machine, layout)
     searched = search(plain_config, machine, num_devices).best[0]
-    best_plain = min(searched, in_layout, key=lambda e: e.step_seconds)
+    best_plain = min(searched, in_layout, key=_merit(machine))
+    repeats = in_layout.layout.recompute_everything
     steps = [
         in_layout.step_seconds,
-        evaluate(config, machine, layout, Charge(True, False, False)).step_seconds,
+        evaluate(config, machine, layout, Charge(True, repeats, False)).step_seconds,
         evaluate(config, machine, layout, Charge(True, True, False)).step_seconds,
         chosen.step_seconds,
     ]
@@ -70,14 +74,27 @@ def overhead(config: RunConfig, machine: Machine, num_devices: int, chosen: Eval
     return Overhead((chosen.step_seconds - base) / base, breakdown, best_plain, in_layout)
 
 
+def plain_in_layout(config: RunConfig, machine: Machine, layout: Layout) -> Evaluation:
+    """The plain residual in the run's layout: it keeps everything, or nothing if that does not fit."""
+    kept = same_layout(layout)
+    found = fastest_cut(config, machine, kept)
+    if found.peak_bytes <= machine.memory_budget:
+        return found
+    return fastest_cut(config, machine, replace(kept, recompute_everything=True))
+
+
 def fastest_cut(config: RunConfig, machine: Machine, layout: Layout) -> Evaluation:
     """`layout` as it is cut, or as suits `config` itself: boundaries that were sought for another run favour
     that one.
     """
     given = evaluate(config, machine, layout)
     own = best_balance(config, machine, evaluate(config, machine, replace(layout, boundaries=None)))
-    faster = own.step_seconds < given.step_seconds and own.peak_bytes <= machine.memory_budget
-    return own if faster else given
+    return min(given, own, key=_merit(machine))
+
+
+def _merit(machine: Machine) -> Callable[[Evaluation], tuple[bool, float]]:
+    """What fits first, then the fastest."""
+    return lambda found: (found.peak_bytes > machine.memory_budget, found.step_seconds)
 
 
 def _fits(config: RunConfig, machine: Machine, layout: Layout) -> bool:

@@ -7,7 +7,6 @@ from dataclasses import dataclass, replace
 from functools import lru_cache, partial
 
 from mhc_dist.config import RunConfig
-from mhc_dist.config_sections import ResidualKind
 from mhc_dist.parallel.recompute import best_block
 from mhc_dist.pipeline.cost import CostTable
 from mhc_dist.pipeline.schedules.coarse import CoarseSchedule
@@ -16,7 +15,15 @@ from mhc_dist.pipeline.unit_costs import peak_live
 from mhc_dist.plan.boundaries import best_balance, best_shifts
 from mhc_dist.plan.costs import CostModel
 from mhc_dist.plan.evaluate import Evaluation, evaluate
-from mhc_dist.plan.layout import Layout, cached_schedule, model_ranks, planned_shapes, same_layout, sized
+from mhc_dist.plan.layout import (
+    Layout,
+    cached_schedule,
+    model_ranks,
+    planned_shapes,
+    regenerates_streams,
+    same_layout,
+    sized,
+)
 from mhc_dist.plan.machine import Machine
 from mhc_dist.plan.parallel_map import parallel_map
 
@@ -105,7 +112,7 @@ def microbatch_sizes(config: RunConfig, sequences: int) -> list[int]:
 
 def recompute_blocks(config: RunConfig, num_chunks: int) -> list[int]:
     """Single layers, the block that keeps least, whole chunks."""
-    if config.residual.kind is ResidualKind.RESIDUAL:
+    if not regenerates_streams(config.residual):
         return []
     sublayers = max(2, 2 * -(-config.model.num_layers // num_chunks))
     blocks = {2, best_block(sublayers, config.residual.num_streams), sublayers}

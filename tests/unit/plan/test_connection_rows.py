@@ -13,7 +13,7 @@ from mhc_kernels.spec import ConnectionSpec
 from mhc_kernels.tiles import tiles_for
 
 from mhc_dist.config import load_config
-from mhc_dist.plan.connection_rows import TILES, connection_work
+from mhc_dist.plan.connection_rows import TILES, connection_work, unfused_connection_work
 from mhc_dist.plan.costs import plain_residual
 
 CONFIGS = Path(__file__).parents[3] / "configs"
@@ -83,3 +83,13 @@ def test_planning_needs_no_torch() -> None:
     )
     assert done.returncode == 0, done.stderr
     assert float(done.stdout) == connection_work(load_config(path)).cross
+
+
+def test_rows_of_plain_hyper_connections() -> None:
+    """Oracle: by hand. `hc` has no kernels, so 5n+1 rows are read and 3n+1 written (the paper's table 2), and
+    2 by the norm; each of the four streams is multiplied by 4 + 2 columns.
+    """
+    work = connection_work(load_config(CONFIGS / "paper_27b.yaml", ["residual.kind=hc"]))
+    assert (work.cross, work.cross_backward) == (21 + 13 + 2, 72)
+    assert work.projection == 2 * 4 * 6 * 2560
+    assert work == unfused_connection_work(load_config(CONFIGS / "paper_27b.yaml", ["residual.kind=hc"]))

@@ -32,7 +32,7 @@ from mhc_dist.plan.charge import Charge
 from mhc_dist.plan.cluster import load_cluster
 from mhc_dist.plan.costs import CostModel, plain_residual
 from mhc_dist.plan.evaluate import build, evaluate
-from mhc_dist.plan.layout import Layout, own_shapes, planned_shapes, schedule_of
+from mhc_dist.plan.layout import Layout, own_shapes, planned_shapes, same_layout, schedule_of
 from mhc_dist.plan.machine import Machine
 from mhc_dist.plan.overhead import fastest_cut, overhead
 from mhc_dist.plan.report import plan_json, plan_text
@@ -231,6 +231,32 @@ def test_overhead_is_zero_without_hyper_connections(monkeypatch: pytest.MonkeyPa
     assert set(cost.breakdown.values()) == {0.0}
 
 
+def test_what_does_not_fit_is_no_plain_residual_to_compare_with(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Oracle: by construction. Memory lies between what the run needs, which recomputes, and what the plain
+    residual needs, which keeps everything: that one has to recompute, too, and no part is blamed for it.
+    """
+    config, machine = config_of("paper_27b"), machine_of("h800")
+    plain = plain_residual(config)
+    layout = Layout("1f1b", 2, 8, 8, 2, recompute_everything=True)
+    chosen, keeping = evaluate(config, machine, layout), evaluate(plain, machine, same_layout(layout))
+    assert chosen.peak_bytes < keeping.peak_bytes
+    device = machine.cluster.device
+    share = (chosen.peak_bytes + keeping.peak_bytes) / 2 / device.memory_bytes.value
+    usable = device.usable_memory.model_copy(update={"value": share})
+    small = Machine(
+        machine.cluster.model_copy(update={"device": device.model_copy(update={"usable_memory": usable})})
+    )
+    alone = Search((evaluate(plain, small, layout),), 1, 1)
+    monkeypatch.setattr("mhc_dist.plan.overhead.search", lambda *arguments, **options: alone)
+    cost = overhead(config, small, 16, evaluate(config, small, layout))
+    assert cost.plain_in_same_layout.peak_bytes <= small.memory_budget
+    assert cost.plain_in_same_layout.layout.recompute_everything
+    assert 0.03 < cost.ratio_in_same_layout < 0.12
+    assert cost.breakdown["recompute"] == 0.0
+    assert cost.breakdown["kernels"] > 0.0
+    assert sum(cost.breakdown.values()) == pytest.approx(cost.ratio)
+
+
 def test_without_one_measure_a_step_takes_longer_or_holds_more() -> None:
     """Oracle: each measure's purpose. Fusion saves time, recompute memory, and overlap hides exchanges: what
     takes its place is safe, and waits for every one of them.
@@ -276,6 +302,15 @@ def test_memory_that_cannot_fit_names_the_shortage_and_a_remedy() -> None:
         search(
             config_of("paper_27b", "schedule.name=1f1b", "schedule.num_microbatches=1"), machine_of("h800"), 4
         )
+
+
+def test_plans_of_plain_hyper_connections_can_be_run() -> None:
+    """Oracle: the checks of a run: `hc` has no streams that blocks could regenerate."""
+    config = config_of("paper_27b", "residual.kind=hc")
+    layouts = list(possible_layouts(config, 64, ("1f1b",)))
+    assert {layout.recompute_text for layout in layouts} == {"-", "full"}
+    for layout in layouts[:2]:
+        load_config(CONFIGS / "paper_27b.yaml", ["residual.kind=hc", *layout.settings(config)])
 
 
 def test_impossible_number_of_devices_names_another() -> None:

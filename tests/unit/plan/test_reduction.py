@@ -1,14 +1,18 @@
-"""Seconds to reduce gradients, and matrices that are read more than computed: figures by hand."""
+"""Seconds on links, and of matrices bound by memory or by their precision: figures by hand."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
 import pytest
+from mhc_kernels.tiles import tiles_for
 
 from mhc_dist.config import load_config
+from mhc_dist.pipeline.cost import CostTable
 from mhc_dist.pipeline.schedules.registry import make_schedule
+from mhc_dist.plan.charge import Charge
 from mhc_dist.plan.cluster import load_cluster
+from mhc_dist.plan.connection_rows import connection_work
 from mhc_dist.plan.costs import CostModel
 from mhc_dist.plan.layout import Layout, planned_shapes
 from mhc_dist.plan.machine import Machine
@@ -52,3 +56,65 @@ def test_experts_that_few_tokens_choose_are_bound_by_their_gradients() -> None:
     assert costs[1].weight_gradient == pytest.approx(72 * one * 8 / (3.35e12 * 0.8))
     assert costs[8].weight_gradient == pytest.approx(4096 * 6 * 2 * one / (9.894e14 * 0.65 * 0.848))
     assert costs[1].forward < costs[8].forward  # its multiprocessors do not communicate
+
+
+def table_of(layout: Layout, *overrides: str, charge: Charge | None = None) -> CostTable:
+    """Costs of the 27B model on H800s."""
+    config = load_config(CONFIGS / "paper_27b.yaml", list(overrides))
+    ranks = make_schedule(layout.schedule, layout.pipeline, layout.num_microbatches).chunk_rank
+    shapes = planned_shapes(config, ranks, layout)
+    return CostModel(config, Machine(load_cluster("h800"))).table(layout, shapes, ranks, charge)
+
+
+@pytest.mark.parametrize(
+    ("expert", "lane", "seconds"),
+    [
+        (8, "node", 7 / 8 / NODE),
+        (24, "network", 16 / 24 / PORT),  # three whole nodes
+        (6, "network", 4 / 6 / PORT),  # some have two members in one node and four in the next
+        (12, "network", 8 / 12 / PORT),  # four in one node, eight in the next
+        (9, "network", 8 / 9 / PORT),  # one is alone in its node
+    ],
+)
+def test_expert_groups_that_straddle_nodes_wait_for_their_loneliest(
+    expert: int, lane: str, seconds: float
+) -> None:
+    """Oracle: by hand, nodes of eight, for one byte: what a rank sends to other nodes passes its one port."""
+    table = table_of(Layout("1f1b", 4, expert, 72, 4))
+    dispatch = next(cost for (_, name), cost in table.exchanges.items() if name.startswith("dispatch"))
+    payload = 4096 * 6 * 2560 * 2
+    latency = 2.5e-5 if lane == "node" else 4.0e-5
+    assert dispatch.lane == lane
+    assert dispatch.forward == pytest.approx(latency + seconds * payload)
+
+
+@pytest.mark.parametrize(("precision", "rate"), [("bf16", 9.894e14 / 2), ("fp32", 6.7e13)])
+def test_connections_by_their_place_in_the_model(precision: str, rate: float) -> None:
+    """Oracle: by hand, rows beyond those of the plain residual. The first phase writes four streams for one
+    row and runs a dense layer and half of another; the last one ends the chain and reads the streams twice
+    for the head's input. Kernels multiply bf16 streams in tf32, at half the rate of bf16, fp32 ones in fp32.
+    """
+    assert tiles_for("sm_90", 4, 2560).precision == tiles_for("sm_100", 4, 2560).precision == "tf32"
+    work = connection_work(load_config(CONFIGS / "paper_27b.yaml", [f"train.precision={precision}"]))
+    row = 4096 * 2560 * (2 if precision == "bf16" else 4) / (3.35e12 * 0.8)
+    projection = 4096 * 2 * 4 * 2560 * 24 / (rate * 0.65)
+    crossings = {(0, "attention.1"): 4, (0, "attention.5"): 2, (1, "finish"): 0}
+    forward = {
+        (0, "attention.1"): (5 - 2) + (work.enter - 2) + 3 * (work.cross - 4),
+        (0, "attention.5"): 2 * (work.cross - 4),
+        (1, "finish"): (9 - 3) + (9 - 2),
+    }
+    backward = {
+        (0, "attention.1"): (5 - 2) + (work.enter_backward - 4) + 3 * (work.cross_backward - 4),
+        (0, "attention.5"): 2 * (work.cross_backward - 4),
+        (1, "finish"): 14 + (14 - 3),
+    }
+    table, plain = (
+        table_of(Layout("1f1b", 2, 1, 1, 4), f"train.precision={precision}", charge=Charge(kernels=kernels))
+        for kernels in (True, False)
+    )
+    for phase, number in crossings.items():
+        more = table.phases[phase].forward - plain.phases[phase].forward
+        assert more == pytest.approx(forward[phase] * row + number * projection)
+        more = table.phases[phase].input_gradient - plain.phases[phase].input_gradient
+        assert more == pytest.approx(backward[phase] * row + 2 * number * projection)
