@@ -141,8 +141,7 @@ def train(
         topology,
         config.train.timeout_seconds,
         programs.training.links,
-        # Later than the watchdog, which can say more.
-        save_seconds=2 * config.checkpoint.timeout_seconds,
+        save_seconds=config.checkpoint.timeout_seconds,
     )
     worker = Worker.build(config, programs, topology, groups, device, watch.report_action)
     state = RankState(worker.stage, worker.engine, topology, device)

@@ -39,6 +39,15 @@ class RankPlace(Protocol):
     def master_port(self) -> int: ...
 
 
+def own_limit(watched_seconds: float) -> datetime.timedelta:
+    """When a transfer ends by itself, in a run that is ended after `watched_seconds` without progress.
+
+    Later than that: the watchdog says what every rank is doing, and a transfer only that it waited. The rank
+    that was waiting would be told of as the one that failed.
+    """
+    return datetime.timedelta(seconds=2 * watched_seconds)
+
+
 def init_distributed(
     environment: RankPlace,
     backend: Literal["auto", "gloo", "nccl"],
@@ -69,7 +78,7 @@ def init_distributed(
         store=store,
         rank=environment.rank,
         world_size=environment.world_size,
-        timeout=datetime.timedelta(seconds=timeout_seconds),
+        timeout=own_limit(timeout_seconds),
     )
     return device
 
@@ -180,12 +189,12 @@ def create_group(
 def _new_group(
     ranks: Sequence[int], timeout_seconds: float, backend: str | None = None, *, urgent: bool
 ) -> dist.ProcessGroup:
-    """A group; the timeout is given because torch would fall back to 30 minutes, not to that of the world.
+    """A group; its limit is given because torch would fall back to 30 minutes, not to that of the world.
 
     urgent: on a GPU its kernels get the next free multiprocessors. Others wait until the compute that is
     queued has been through, so that there is nothing left to overlap with.
     """
-    timeout = datetime.timedelta(seconds=timeout_seconds)
+    timeout = own_limit(timeout_seconds)
     options = None
     if urgent and (backend or dist.get_backend()) == dist.Backend.NCCL:
         options = dist.ProcessGroupNCCL.Options(is_high_priority_stream=True)
@@ -234,6 +243,7 @@ class ProcessGroups:
     ) -> ProcessGroups:
         """Collective over the world. Raises ValueError when topology and world do not fit together.
 
+        timeout_seconds, save_seconds: without progress, of a step and of a save; see `own_limit`.
         links: pairs of pipeline ranks that exchange messages (`Program.links`); by default, neighbours.
         """
         topology.check()

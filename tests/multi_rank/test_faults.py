@@ -29,7 +29,7 @@ from mhc_dist.pipeline.action import Action, ActionKind, Pass
 from mhc_dist.pipeline.executor import _Run
 from mhc_dist.pipeline.streams import Flight, HostStreams
 from mhc_dist.plan.run_programs import RunPrograms, plan_run
-from tests.multi_rank.forked_run import ForkedRun, run_to_end, write_corpus
+from tests.multi_rank.forked_run import END_SECONDS, ForkedRun, run_to_end, write_corpus
 from tests.small import small_config
 
 TIMEOUT_SECONDS = 6.0
@@ -208,6 +208,22 @@ def stall(lane: str) -> Callable[[int], None]:
     return prepare
 
 
+def freeze(rank: int) -> None:
+    """Rank 1 is stopped as it would tell its experts' counts, and neither dies nor goes on."""
+    if rank != 1:
+        return
+    real, seen = _Run.do, 0
+
+    def do(self: _Run, action: Action) -> Any:
+        nonlocal seen
+        seen += action.kind is ActionKind.ISSUE and action.item.startswith("counts")
+        if seen == 3:
+            os.kill(os.getpid(), signal.SIGSTOP)
+        return real(self, action)
+
+    _Run.do = do  # type: ignore[method-assign]
+
+
 STALLS: list[tuple[tuple[int, int, int], str, dict[int, str]]] = [
     (
         (1, 2, 2),
@@ -230,11 +246,16 @@ STALLS: list[tuple[tuple[int, int, int], str, dict[int, str]]] = [
 
 
 def test_a_link_that_stalls_ends_the_run_with_the_action_that_waits(corpus: Path, tmp_path: Path) -> None:
-    """A link that never delivers what rank 1 sends: an exchange of a run, and a message of another one."""
+    """A link that never delivers what rank 1 sends: an exchange of a run, and a message of another one. And
+    a rank that is frozen in the middle of an exchange, which its peer's transfer would give up on by itself.
+    """
     runs = []
     for sizes, lane, _ in STALLS:  # side by side, since they do little but wait
         config = run_config(tmp_path / lane, corpus, sizes, timeout_seconds=TIMEOUT_SECONDS)
         runs.append(ForkedRun(config, prepare=stall(lane)))
+    frozen = ForkedRun(
+        run_config(tmp_path / "frozen", corpus, (1, 2, 2), timeout_seconds=TIMEOUT_SECONDS), prepare=freeze
+    )
     for run, (_, _, doing) in zip(runs, STALLS, strict=True):
         codes = run.wait()
         output = run.output.read_text()
@@ -245,6 +266,15 @@ def test_a_link_that_stalls_ends_the_run_with_the_action_that_waits(corpus: Path
         assert TIMEOUT_SECONDS <= float(stuck[3]) < TIMEOUT_SECONDS + 30.0  # it looks five times a second
         for rank, action in doing.items():
             assert re.search(rf"rank {rank} \(.*\): {action} for", output), output
+    # Not the transfer's own limit, which would have made the rank that waits the one that failed.
+    frozen.ranks[0].join(END_SECONDS)
+    frozen.kill(1)
+    output = frozen.output.read_text()
+    assert frozen.wait() == [ExitCode.STUCK, -signal.SIGKILL], output
+    assert re.search(
+        r"no progress: rank 0 has been in \S+ c0 m\d .*, waiting for tokens of rank 1", output
+    ), output
+    assert "Traceback" not in output, output
 
 
 def test_programs_that_differ_are_refused_before_the_first_step(corpus: Path, tmp_path: Path) -> None:
