@@ -32,7 +32,16 @@ def overhead(collection: Collection) -> Figure:
                     continue
                 left = place + 0.26 * (number - (len(clusters) - 1) / 2)
                 if of["outcome"] == "nothing_fits":
-                    axis.text(left, 0.15, "does not fit", rotation=90, ha="center", va="bottom", fontsize=7)
+                    axis.text(
+                        left,
+                        0.15,
+                        "does not fit",
+                        rotation=90,
+                        ha="center",
+                        va="bottom",
+                        fontsize=7,
+                        bbox={"facecolor": "white", "edgecolor": "none", "pad": 0.5},
+                    )
                     continue
                 value = 100 * of["plan"]["overhead_ratio_same_layout"]
                 axis.bar(left, value, width=0.24, color=COLOURS[number], label=cluster.upper())
@@ -53,6 +62,8 @@ def measures(collection: Collection) -> Figure:
     cells = {
         key: of for key, of in planned(collection).items() if of["outcome"] == "planned" and key[1] == "h800"
     }
+    models = list(dict.fromkeys(model for model, _, _ in cells))
+    cells = dict(sorted(cells.items(), key=lambda cell: (models.index(cell[0][0]), cell[0][2])))
     figure, (axis,) = _panels(1, width=10.0, height=3.2)
     unfit = False
     names = [name for name in MEASURES if any(of["without"][name]["slower"] for of in cells.values())]

@@ -8,6 +8,11 @@ from pathlib import Path
 
 import pytest
 
+from mhc_dist.config import load_config
+from mhc_dist.plan.cluster import load_cluster
+from mhc_dist.plan.evaluate import evaluate
+from mhc_dist.plan.layout import Layout
+from mhc_dist.plan.machine import Machine
 from mhc_dist.plan.weak_scaling import series
 from mhc_dist.results import keep, plans, rerun
 from mhc_dist.results.meshes import mesh_figures
@@ -96,6 +101,27 @@ def test_measuring_again_tells_what_failed_and_goes_on(
     assert "--outdated` goes on" in capfd.readouterr().err
 
 
+def test_recomputing_frees_memory_and_costs_time() -> None:
+    """Oracle: the same layout of the 3B model that keeps everything: it holds more, and is faster."""
+    config = load_config(plans.CONFIGS / "paper_3b.yaml")
+    machine = Machine(load_cluster("h800"))
+    kept = evaluate(config, machine, Layout("dualpipev", 1, 1, 4, 5, boundaries=(0, 6, 12), sequences=1))
+    plan = {
+        "schedule": "dualpipev",
+        "pipeline": 1,
+        "expert": 1,
+        "data": 4,
+        "num_microbatches": 5,
+        "boundaries": [0, 6, 12],
+        "sequences_per_microbatch": 1,
+        "step_seconds": kept.step_seconds,
+        "peak_memory_bytes": kept.peak_bytes,
+    }
+    again = plans.recomputing(config, machine, plan)
+    assert again["freed_bytes"] > 0
+    assert 0 < again["slower"] < 0.1
+
+
 def test_planned_cells_are_not_planned_twice(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -113,6 +139,9 @@ def test_planned_cells_are_not_planned_twice(
     assert sum(plan["overhead_breakdown"].values()) == pytest.approx(plan["overhead_ratio"])
     overlap = figures["without"]["overlap"]
     assert overlap["slower"] == pytest.approx(overlap["step_seconds"] / plan["step_seconds"] - 1)
+    again = figures["recomputing"]
+    assert again["peak_memory_bytes"] + again["freed_bytes"] == plan["peak_memory_bytes"]
+    assert again["slower"] == pytest.approx(again["step_seconds"] / plan["step_seconds"] - 1)
     changed = path.stat().st_mtime_ns
     assert plans.main(arguments) == 0
     assert path.stat().st_mtime_ns == changed
