@@ -14,6 +14,7 @@ from typing import Literal
 import torch
 from torch._C._distributed_c10d import Store
 
+from mhc_dist.parallel.open_files import allow_open_files
 from mhc_dist.parallel.process_groups import RankPlace, init_distributed, open_store
 from mhc_dist.parallel.roll_call import Entry, Roll, RollCallError, UnderWayError, roll_call
 
@@ -61,6 +62,7 @@ def join_run(
 
     Raises ValueError when the run cannot start: the same sentence on every rank that came.
     """
+    allow_open_files(place.world_size, hosts_store=place.rank == 0)
     own = Entry(place.rank, place.world_size, node, socket.gethostname(), os.getpid(), dict(facts))
     store, roll = meet(lambda seconds: open_store(place, seconds), own, join_seconds)
     counted = Place(

@@ -254,7 +254,10 @@ class ProcessGroups:
             )
         rank = topology.rank
         experts = topology.all_expert_groups()
-        # Every rank creates every group, in this order; only members keep them.
+        # Every rank creates every group, in this order, since torch counts them to name them; only members
+        # keep them. One without this rank takes 30 us and no word with the store: measured, 0.06 s for the
+        # 2194 groups of 1024 ranks. use_local_synchronization would spare that, but names a group by its
+        # members and by how many each has joined before: another number at a pipeline's end than beside it.
         expert_forward = create_group(experts, rank, timeout_seconds, urgent=True)
         expert_backward = create_group(experts, rank, timeout_seconds, urgent=True)
         data = create_group(topology.all_data_groups(), rank, timeout_seconds)
