@@ -37,6 +37,9 @@ NUM_RECUT = 3
 NUM_SHIFTS = 8
 """Simulated steps that are spent on shifting boundaries of the best layout, one layer at a time."""
 
+NUM_LEAN = 4
+"""Layouts that seem to need least memory: simulated where none of the fast ones fits."""
+
 MOST_SEQUENCES = 8
 """Largest microbatch that is tried, in sequences: beyond it pipelines only get longer bubbles."""
 
@@ -65,9 +68,11 @@ class Search:
 
 
 class NothingFitsError(ValueError):
-    """No layout fits: says by how much, and the nearest that would. smallest: what needs least memory."""
+    """No layout fits: says by how much, and the nearest that would. smallest: what needs least memory of all
+    that were simulated.
+    """
 
-    def __init__(self, message: str, smallest: Estimate) -> None:
+    def __init__(self, message: str, smallest: Evaluation) -> None:
         super().__init__(message)
         self.smallest = smallest
 
@@ -139,12 +144,16 @@ def search(
     budget = machine.memory_budget
     # Estimates leave out placement's choices; anything near the budget is decided by simulation.
     fitting = [e for e in estimates if e.peak_bytes <= 1.1 * budget]
-    candidates = parallel_map(partial(first_that_fits, config, machine), promising(fitting))
-    evaluations = [found for found in candidates if found is not None]
-    if not evaluations:
-        smallest = min(estimates, key=lambda e: (e.peak_bytes, e.seconds))
+    groups = promising(fitting)
+    simulated = parallel_map(partial(first_that_fits, config, machine), groups)
+    if not any(found.peak_bytes <= budget for found in simulated):
+        tried = {member.layout for group in groups for member in group}
+        lean = leanest([e for e in estimates if e.layout not in tried])
+        simulated += parallel_map(partial(first_that_fits, config, machine), lean)
+    best = sorted((found for found in simulated if found.peak_bytes <= budget), key=merit)
+    if not best:
+        smallest = min(simulated, key=lambda e: (e.peak_bytes, merit(e)))
         raise NothingFitsError(nothing_fits(config, machine, num_devices, smallest, schedules), smallest)
-    best = sorted(evaluations, key=merit)
     recut = sorted(parallel_map(partial(best_balance, config, machine), best[:NUM_RECUT]), key=merit)
     recut[0] = best_shifts(config, machine, recut[0], NUM_SHIFTS)
     return Search(tuple(sorted([*recut, *best[NUM_RECUT:]], key=merit)), len(estimates), len(fitting))
@@ -167,13 +176,24 @@ def promising(estimates: list[Estimate]) -> list[list[Estimate]]:
     return [groups[layout] for layout in chosen]
 
 
-def first_that_fits(config: RunConfig, machine: Machine, group: list[Estimate]) -> Evaluation | None:
-    """Recomputing more never makes a step faster, so the first member within memory is the best one."""
+def leanest(estimates: list[Estimate]) -> list[list[Estimate]]:
+    """What seems to need least memory, each by itself."""
+    return [[e] for e in sorted(estimates, key=lambda e: (e.peak_bytes, e.seconds))[:NUM_LEAN]]
+
+
+def first_that_fits(config: RunConfig, machine: Machine, group: list[Estimate]) -> Evaluation:
+    """Recomputing more never makes a step faster, so the first member within memory is the best one. The one
+    that needs least if none fits.
+    """
+    smallest: Evaluation | None = None
     for member in group:
-        evaluation = evaluate(config, machine, member.layout)
-        if evaluation.peak_bytes <= machine.memory_budget:
-            return evaluation
-    return None
+        found = evaluate(config, machine, member.layout)
+        if found.peak_bytes <= machine.memory_budget:
+            return found
+        if smallest is None or found.peak_bytes < smallest.peak_bytes:
+            smallest = found
+    assert smallest is not None, "a group has members"
+    return smallest
 
 
 def estimate_all(
@@ -244,6 +264,10 @@ def estimate(layout: Layout, costs: CostTable) -> Estimate:
     return Estimate(layout, seconds, max(peaks))
 
 
+def fastest(estimates: list[Estimate]) -> Estimate:
+    return min(estimates, key=lambda e: (e.seconds, e.peak_bytes))
+
+
 def impossible(config: RunConfig, num_devices: int) -> str:
     """Why no layout of `num_devices` keeps the batch."""
     batch = config.sequences_per_step
@@ -262,7 +286,7 @@ def nothing_fits(
     config: RunConfig,
     machine: Machine,
     num_devices: int,
-    smallest: Estimate,
+    smallest: Evaluation,
     schedules: tuple[str, ...],
 ) -> str:
     """By how much the smallest layout misses, and the smallest number of devices whose layouts fit."""
@@ -275,7 +299,10 @@ def nothing_fits(
     for factor in range(2, 65):
         larger = estimate_all(config, machine, num_devices * factor, schedules)
         fitting = [e for e in larger if e.peak_bytes <= budget]
-        if fitting:
-            nearest = min(fitting, key=lambda e: (e.seconds, e.peak_bytes))
+        if not fitting:
+            continue
+        # Estimates hold less than simulated steps: the fastest layout by estimate may not fit after all.
+        nearest = first_that_fits(config, machine, [fastest(fitting), *(e for [e] in leanest(fitting))])
+        if nearest.peak_bytes <= budget:
             return f"{text} The nearest that does fit: --gpus {num_devices * factor}, {nearest.layout}."
     return f"{text} No multiple of them up to {64 * num_devices} fits either: lower data.sequence_length."

@@ -56,8 +56,11 @@ def test_devices_that_cannot_share_the_batch_get_a_larger_one() -> None:
         shared_batch(config, 1021)
 
 
-def test_a_cell_that_does_not_fit_says_by_how_much() -> None:
+def test_a_cell_that_does_not_fit_says_by_how_much(monkeypatch: pytest.MonkeyPatch) -> None:
     """Oracle: a device with so little memory that weights alone exceed it."""
+    monkeypatch.setattr(
+        "mhc_dist.plan.search.parallel_map", lambda function, items: list(map(function, items))
+    )
     config, cluster = load_config(CONFIGS / "tiny.yaml"), load_cluster("laptop")
     memory = cluster.device.memory_bytes.model_copy(update={"value": 1e6})
     device = cluster.device.model_copy(update={"memory_bytes": memory})

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import replace
 from functools import cache, partial
 from pathlib import Path
@@ -68,6 +69,14 @@ def config_of(name: str, *overrides: str) -> RunConfig:
 @cache
 def machine_of(name: str) -> Machine:
     return Machine(load_cluster(name))
+
+
+def with_memory(machine: Machine, num_bytes: float) -> Machine:
+    """The same, with so many bytes for a rank to use."""
+    device = machine.cluster.device
+    usable = device.usable_memory.model_copy(update={"value": num_bytes / device.memory_bytes.value})
+    device = device.model_copy(update={"usable_memory": usable})
+    return replace(machine, cluster=machine.cluster.model_copy(update={"device": device}))
 
 
 LAYOUT = Layout("dualpipev", 4, 8, 128, 10)
@@ -240,12 +249,7 @@ def test_what_does_not_fit_is_no_plain_residual_to_compare_with(monkeypatch: pyt
     layout = Layout("1f1b", 2, 8, 8, 2, recompute_everything=True)
     chosen, keeping = evaluate(config, machine, layout), evaluate(plain, machine, same_layout(layout))
     assert chosen.peak_bytes < keeping.peak_bytes
-    device = machine.cluster.device
-    share = (chosen.peak_bytes + keeping.peak_bytes) / 2 / device.memory_bytes.value
-    usable = device.usable_memory.model_copy(update={"value": share})
-    small = Machine(
-        machine.cluster.model_copy(update={"device": device.model_copy(update={"usable_memory": usable})})
-    )
+    small = with_memory(machine, (chosen.peak_bytes + keeping.peak_bytes) / 2)
     alone = Search((evaluate(plain, small, layout),), 1, 1)
     monkeypatch.setattr("mhc_dist.plan.overhead.search", lambda *arguments, **options: alone)
     cost = overhead(config, small, 16, evaluate(config, small, layout))
@@ -296,12 +300,27 @@ def test_layouts_keep_the_batch_and_divide_the_experts() -> None:
         assert layout.data % layout.expert == 0
 
 
-def test_memory_that_cannot_fit_names_the_shortage_and_a_remedy() -> None:
-    """Oracle: 27B parameters at 6 bytes and more do not fit into 4 times 72 GB with their optimizer."""
-    with pytest.raises(NothingFitsError, match=r"GB too much\. The nearest that does fit: --gpus \d+"):
-        search(
-            config_of("paper_27b", "schedule.name=1f1b", "schedule.num_microbatches=1"), machine_of("h800"), 4
-        )
+def test_memory_that_cannot_fit_names_the_shortage_and_a_remedy(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Oracle: simulated steps, which hold more than their estimates: by how much one device is too small, and
+    that more of them are not.
+    """
+    config, machine = config_of("tiny"), machine_of("h800")
+    monkeypatch.setattr(
+        "mhc_dist.plan.search.parallel_map", lambda function, items: list(map(function, items))
+    )
+    layouts = possible_layouts(config, 1, ("1f1b",))
+    small = with_memory(
+        machine, 0.8 * min(evaluate(config, machine, layout).peak_bytes for layout in layouts)
+    )
+    message = r"GB too much\. The nearest that does fit: --gpus (\d+), 1f1b pipeline="
+    with pytest.raises(NothingFitsError, match=message) as refused:
+        search(config, small, 1, ("1f1b",))
+    smallest = refused.value.smallest
+    assert smallest.peak_bytes == evaluate(config, small, smallest.layout).peak_bytes > small.memory_budget
+    assert f"needs {smallest.peak_bytes / 1e9:.1f} GB" in str(refused.value)
+    found = re.search(message, str(refused.value))
+    assert found is not None
+    assert search(config, small, int(found[1]), ("1f1b",)).best[0].peak_bytes <= small.memory_budget
 
 
 def test_plans_of_plain_hyper_connections_can_be_run() -> None:
