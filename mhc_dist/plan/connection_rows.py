@@ -14,7 +14,7 @@ from mhc_kernels.tiles import tiles_for
 
 from mhc_dist.config import RunConfig
 from mhc_dist.config_sections import ResidualConfig, ResidualKind
-from mhc_dist.model.coefficients import num_projected
+from mhc_dist.model.coefficients import num_mixed, num_projected
 from mhc_dist.model.seam_spec import seam_spec
 
 TILES = "sm_90"
@@ -25,8 +25,10 @@ TILES = "sm_90"
 class ConnectionWork:
     """Rows C per token that one sublayer's connection moves, and operations of its projection.
 
-    recompute: rows moved to bring back what a recomputing block dropped. expand, collapse: rows at the
-    model's ends, from one embedded row to all streams, and from those to the head's normalised input.
+    recompute: rows moved to bring back what a recomputing block dropped, in a launch for each phase; its
+    first sublayer takes recompute_first, where it finishes the sublayer before, or recompute_opened.
+    expand, collapse: rows at the model's ends, from one embedded row to all streams, and from those to the
+    head's normalised input.
     """
 
     enter: float
@@ -36,6 +38,8 @@ class ConnectionWork:
     cross_backward: float
     leave_backward: float
     recompute: float
+    recompute_first: float
+    recompute_opened: float
     projection: float
     expand: float
     expand_backward: float
@@ -51,6 +55,8 @@ PLAIN = ConnectionWork(
     cross_backward=4,
     leave_backward=0,
     recompute=0,
+    recompute_first=0,
+    recompute_opened=0,
     projection=0,
     expand=2,
     expand_backward=2,
@@ -87,6 +93,8 @@ def connection_work(config: RunConfig) -> ConnectionWork:
 
     cross = rows(formula.forward(width, spec, tiles, value_bytes))
     cross_backward = rows(formula.backward(width, spec, tiles, value_bytes, splits))
+    recompute = rows(formula.recompute(width, spec, value_bytes))
+    update = (num_mixed(config.residual) - n) * formula.FLOAT_BYTES / (width * value_bytes)
     return ConnectionWork(
         enter=cross - (n + 1),
         cross=cross,
@@ -94,7 +102,10 @@ def connection_work(config: RunConfig) -> ConnectionWork:
         enter_backward=cross_backward - 2,
         cross_backward=cross_backward,
         leave_backward=3 * n + 2,
-        recompute=rows(formula.recompute(width, spec, value_bytes)),
+        recompute=recompute,
+        # The streams are finished on their own (x, y, post, res in, x' out), then read for the input.
+        recompute_first=recompute + 2 * n + update,
+        recompute_opened=recompute - 1,
         projection=2.0 * n * width * spec.num_coefficients,
         **_ends(config.residual),
     )
@@ -133,6 +144,8 @@ def unfused_connection_work(config: RunConfig) -> ConnectionWork:
         cross_backward=2 * forward,
         leave_backward=forward,
         recompute=3 * n + 2,
+        recompute_first=3 * n + 2,
+        recompute_opened=3 * n + 2,
         projection=2.0 * n * config.model.hidden_size * projected,
         **_ends(residual),
     )

@@ -130,9 +130,12 @@ class CostModel:
             ends=Ends(place.is_first, place.is_last),
         )
         recompute = 0.0
-        if shape.drops and charge.recompute:
-            rewritten = self._value_seconds(tokens * crossings * connection.recompute * width)
-            recompute = forward if layout.recompute_everything else rewritten
+        if shape.drops and charge.recompute and layout.recompute_everything:
+            recompute = forward
+        elif shape.drops and charge.recompute and crossings:
+            first = connection.recompute_opened if seams.enters else connection.recompute_first
+            regenerated = first + (crossings - 1) * connection.recompute
+            recompute = self._value_seconds(tokens * regenerated * width)
         return PhaseCost(
             forward=forward,
             input_gradient=linear

@@ -33,8 +33,8 @@ ASSUMPTIONS = (
     "an exchange or a transfer keeps its lane to itself; node and network lanes are independent",
     "element-wise steps are fused: each reads its inputs and writes its outputs once",
     "connections use seam-fused kernels and move what is counted of them: 3n+2 rows of streams forward, 4n+4"
-    " backward, n+2 recomputed, per token and sublayer, and coefficients and partial sums beside them; hc has"
-    " no kernels and moves 8n+4 forward, twice that backward",
+    " backward, n+2 recomputed (3n+2 by a phase's first), per token and sublayer, and coefficients and"
+    " partial sums beside them; hc has no kernels and moves 8n+4 forward, twice that backward",
     "products with connections' weights take the matrix units' time in tf32, beside the bytes; what else"
     " makes coefficients is done while bytes move",
     "the plain residual adds and normalises in one pass: 4 rows forward, 4 backward",

@@ -118,3 +118,19 @@ def test_connections_by_their_place_in_the_model(precision: str, rate: float) ->
         assert more == pytest.approx(forward[phase] * row + number * projection)
         more = table.phases[phase].input_gradient - plain.phases[phase].input_gradient
         assert more == pytest.approx(backward[phase] * row + 2 * number * projection)
+
+
+def test_each_phase_regenerates_its_streams_by_itself() -> None:
+    """Oracle: by hand, what `SeamKeeper.regenerate` calls. Opened streams are read for one input; then each
+    sublayer reads y and writes streams and an input. A later phase finishes the sublayer before it by itself,
+    so those streams are written and read once more.
+    """
+    table = table_of(Layout("1f1b", 2, 1, 1, 4, recompute_block=4))
+    value = 4096 * 2560 * 2 / (3.35e12 * 0.8)
+    floats = 4 / (2560 * 2)
+    own = (8 + 16 + 1 + 2560 / 4096) * floats
+    opened, first, next_one = 4 + 1 + own, (4 + 1 + 4) + (4 + 1) + own + 20 * floats, 1 + 4 + 1 + own
+    assert table.phases[0, "attention.1"].recompute == pytest.approx((opened + 3 * next_one) * value)
+    for name in ("attention.2", "attention.5"):
+        assert table.phases[0, name].recompute == pytest.approx((first + next_one) * value)
+    assert table.phases[1, "finish"].recompute == 0.0
