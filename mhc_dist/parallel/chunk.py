@@ -101,7 +101,7 @@ class ModelChunk(nn.Module):
         """What lets this chunk's phases drop streams; None when they drop all or nothing."""
         if self.config.recompute.mode != "mhc":
             return None
-        return SeamKeeper(self.backend, self.tape_holder, self.streams)
+        return SeamKeeper(self.backend, self.tape_holder)
 
     def _item(self, shape: ItemShape) -> Item:
         kind, _, number = shape.name.partition(".")

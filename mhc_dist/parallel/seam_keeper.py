@@ -5,6 +5,9 @@ Of every seam the forward makes two large tensors: the streams x_l (T, n, C) and
 (some 24 numbers a token). So while phases of a block run forward, whatever autograd saves of x_l and h_l is
 replaced by a note saying which it was; `regenerate` computes them again, in order from the block's start.
 
+What is kept and regenerated is used on several streams (`pipeline.streams`) and belongs to the one that made
+it. It is held until the phase's backward has returned (`forget`), and then compute comes after all of it.
+
 Autograd's saved tensors pass through hooks. A saved tensor is recognised by its storage, so views of h_l (as
 linear layers save them) are dropped as well, and weight gradients that were put off find their inputs.
 """
@@ -24,7 +27,6 @@ from torch.autograd.graph import saved_tensors_hooks
 
 from mhc_dist.model.hyper_connection import Mix, TapeHolder, Update
 from mhc_dist.pipeline.action import PhaseShape
-from mhc_dist.pipeline.streams import HostStreams, Streams
 
 
 class _Dropped(NamedTuple):
@@ -85,9 +87,8 @@ class SeamKeeper:
     only read what such a phase made (`shared.k` reads its last h, the next phase its last streams).
     """
 
-    def __init__(self, backend: SeamBackend, holder: TapeHolder, streams: Streams | None = None) -> None:
+    def __init__(self, backend: SeamBackend, holder: TapeHolder) -> None:
         self._backend, self._holder = backend, holder
-        self._streams = streams or HostStreams()
         self._tapes: dict[str, _PhaseTape] = {}
         self._regenerated: dict[_Dropped, Tensor] = {}
         self._last: dict[int, tuple[weakref.ref[torch.UntypedStorage], _Dropped]] = {}
@@ -159,10 +160,7 @@ class SeamKeeper:
             y_TC, mix = tape.first_update
             assert mix.post_TN is not None
             streams_TNC = self._backend.close(streams_TNC, y_TC, mix.post_TN, mix.res_TNN)
-        # Kept by a forward that ran on both streams, and read by a backward that does.
-        self._streams.keep((streams_TNC, *tape.kept, *(tape.first_update or ())))
         for index, made in enumerate(self._backend.recompute_block(streams_TNC, tape.kept)):
-            self._streams.keep((made.streams_TNC, made.h_TC))
             self._regenerated[_Dropped(phase.name, index, is_streams=True)] = made.streams_TNC
             self._regenerated[_Dropped(phase.name, index, is_streams=False)] = made.h_TC
 

@@ -6,7 +6,8 @@ storage, from allocation to the moment when nothing refers to it any more.
 
 Autograd's own rules are taken from PyTorch's documentation ("CUDA semantics: stream semantics of backward
 passes") and written down as it would follow them: the backward of an operation runs on the stream of its
-forward, waits for the streams that its gradients come from, and is waited for where its own go.
+forward, waits for the streams that its gradients come from, and is waited for where its own go. It has let
+go of what its forward saved before anybody waits for it, and gradients are added up where the sum is used.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, TypeVar
 
+import torch
 from torch import Tensor
 from torch.autograd.graph import Node
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -40,27 +42,64 @@ class Recorder(TorchDispatchMode):
         self._alive: dict[int, weakref.ref[Any]] = {}
         self._num_events = 0
         self._num_memories = 0
+        self._due: list[Wait] = []
+        self._summands: dict[int, str] = {}
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         given = [*tensors_in(list(args)), *tensors_in(list((kwargs or {}).values()))]
         reads = self._memories(given)
+        stream = self._stream_of(func, reads)
+        if stream == COMPUTE:
+            self._wait()
         outputs = func(*args, **(kwargs or {}))
         if func.is_view:
             return outputs
         changed = self._memories(_changed(func, args, kwargs or {}))
         made = [tensor for tensor in tensors_in(outputs) if not self._is_known(tensor)]
         for tensor in made:
-            self._new(tensor, owner=self.current)
+            self._new(tensor, owner=stream)
         writes = dict.fromkeys([*changed, *self._memories(made)])
-        self.log.append(Launch(self.current, str(func), tuple(reads), tuple(writes)))
+        if stream != self.current:
+            self._summands.update(dict.fromkeys(writes, stream))
+        self.log.append(Launch(stream, str(func), tuple(reads), tuple(writes)))
         return outputs
 
     def event(self, stream: str) -> int:
+        if stream == COMPUTE:
+            self._wait()
         self._num_events += 1
         self.log.append(Record(stream, self._num_events))
         return self._num_events
+
+    def wait_before_next(self, event: int, site: str) -> None:
+        """Compute waits for the event right before its next work: what is freed by then is freed earlier."""
+        self._due.append(Wait(COMPUTE, event, site))
+
+    def _wait(self) -> None:
+        self.log += self._due
+        self._due.clear()
+
+    def sum_on(self, stream: str, gradients: Any, but_not: Any) -> None:
+        """Gradients of which autograd, between two nodes, makes the sum that a node of `stream` gets, with
+        those from elsewhere, for which it waits. Memory of `but_not` leaves that stream.
+        """
+        self._summands.update(dict.fromkeys(self._memories(tensors_in(gradients)), stream))
+        for memory in self._memories(tensors_in(but_not)):
+            self._summands.pop(memory, None)
+
+    def _stream_of(self, func: Any, reads: list[int]) -> str:
+        is_sum = func.overloadpacket in (torch.ops.aten.add, torch.ops.aten.add_) and len(reads) > 1
+        known = [memory for memory in reads if memory in self._summands]
+        if self.current != COMPUTE or not is_sum or not known:
+            return self.current
+        stream = self._summands[known[0]]
+        others = [memory for memory in reads if memory not in self._summands]
+        if others:
+            self.log += [Share(stream, memory) for memory in others]
+            self.log.append(Wait(stream, self.event(self.current), AUTOGRAD))
+        return stream
 
     def share(self, tensors: Any, stream: str) -> None:
         self.log += [Share(stream, memory) for memory in self._memories(tensors_in(tensors))]
@@ -172,17 +211,16 @@ class RecordedStreams(EventStreams):
         made = _made_between(inputs, outputs)
         ends = {tensor.grad_fn for tensor in tensors_in(outputs)}
         for node in made:
-            goes_on = [following for following, _ in node.next_functions if following is not None]
-            self._backward_runs_urgently(
-                node, enters=node in ends, leaves=any(following not in made for following in goes_on)
-            )
+            self._backward_runs_urgently(node, made, enters=node in ends)
         return outputs
 
-    def _backward_runs_urgently(self, node: Node, *, enters: bool, leaves: bool) -> None:
+    def _backward_runs_urgently(self, node: Node, made: set[Node], *, enters: bool) -> None:
         """What autograd does where a backward's stream is not that of its gradients (`enters`) or of where
-        its own go (`leaves`); between nodes of one stream it does nothing.
+        its own go, outside of `made`; between nodes of one stream it adds up.
         """
         recorder, urgent = self._recorder, "urgent"
+        goes_on = [following for following, _ in node.next_functions]
+        leaves = any(following is not None and following not in made for following in goes_on)
 
         def enter(gradients: Sequence[Tensor | None]) -> None:
             if enters:
@@ -193,7 +231,12 @@ class RecordedStreams(EventStreams):
         def leave(gradients: Sequence[Tensor | None], _: Sequence[Tensor | None]) -> None:
             if leaves:
                 recorder.share(tuple(gradients), COMPUTE)
-                recorder.log.append(Wait(COMPUTE, recorder.event(urgent), AUTOGRAD))
+                # Autograd waits when it goes on, and has let go by then of what the node had saved.
+                recorder.wait_before_next(recorder.event(urgent), AUTOGRAD)
+            pairs = list(zip(gradients, goes_on, strict=True))
+            outside = [gradient for gradient, following in pairs if following not in made]
+            inside = [gradient for gradient, following in pairs if following in made]
+            recorder.sum_on(urgent, inside, but_not=outside)
             recorder.current = COMPUTE
 
         node.register_prehook(enter)

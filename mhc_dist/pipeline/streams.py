@@ -23,9 +23,11 @@ from an urgent stream's memory is marked as used on compute, and that has waited
 For the end of a send compute does not wait, so that a slow receiver holds nothing up. Its buffer is marked as
 used on the lane when it is let go (`release`).
 
-What goes into or comes out of an urgent stream is marked as used on both (`keep`): the allocator then hands
-it out again only when both have passed its last use. And what autograd passes from stream to stream is
-autograd's business: it runs a backward where its forward ran.
+What goes into or comes out of an urgent stream is marked as used on both: the allocator then hands it out
+again only when both have passed its last use. Otherwise autograd would free what an urgent backward has read
+before it makes compute wait for that. What is held until a backward has returned needs no mark: by then
+compute waits for all of it. And what autograd passes from stream to stream is autograd's business: it runs a
+backward where its forward ran.
 
 `HostStreams` is the CPU: one thread, what returns is over, and transfers are waited for by the host.
 `EventStreams` is a device with streams: `CudaDevice`, or one that records (`recording`).
@@ -104,10 +106,6 @@ class Streams(Protocol):
         """
         ...
 
-    def keep(self, tensors: Any) -> None:
-        """`tensors` are used on the compute and on the urgent stream, wherever they were made."""
-        ...
-
     def mark(self) -> Mark: ...
 
     def seconds(self, marks: Sequence[Mark]) -> list[float]:
@@ -147,8 +145,6 @@ class HostStreams:
 
     def answer(self, run: Callable[..., Result], *inputs: Any, after: Token) -> Result:
         return run(*inputs)
-
-    def keep(self, tensors: Any) -> None: ...
 
     def mark(self) -> Mark:
         return perf_counter()
@@ -265,9 +261,6 @@ class EventStreams:
         self._compute.wait_event(stream.record_event())
         self._keep_on(stream, outputs)
         return outputs
-
-    def keep(self, tensors: Any) -> None:
-        self._keep_on(self._urgent, tensors)
 
     def _keep_on(self, stream: DeviceStream, tensors: Any) -> None:
         for tensor in tensors_in(tensors):

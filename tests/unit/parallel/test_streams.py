@@ -13,7 +13,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from mhc_dist.pipeline.hazards import Entry, Launch, Record, Share, Wait, find_hazards
+from mhc_dist.pipeline.hazards import Allocate, Entry, Free, Launch, Record, Share, Wait, find_hazards
 from mhc_dist.pipeline.recording import RecordedStreams, Recorder
 from mhc_dist.pipeline.streams import CudaDevice, EventStreams, HostStreams, make_streams
 from tests.unit.parallel.recorded_run import record, recorded_config, run_unrecorded
@@ -97,6 +97,51 @@ def test_autograd_orders_streams_only_where_gradients_change_them() -> None:
         ("compute", "autograd"),
         ("compute", "launch"),
     ]
+
+
+def test_autograd_lets_go_before_compute_waits() -> None:
+    """Oracle: PyTorch's engine, which runs here: an urgent node has let go of what it had saved when the next
+    node begins, and it is there that compute waits. So the allocator has to know that it was used urgently.
+    """
+    recorder, x = Recorder(), torch.ones(3, requires_grad=True)
+    with recorder:
+        streams = RecordedStreams(recorder)
+        five = x.mul(5.0)
+        with streams.reading([streams.position()]):
+            (y,) = streams.urgently(lambda given: (given.exp().mul(given),), five)
+        del five
+        begun = len(recorder.log)
+        y.backward(torch.ones(3))
+    assert not find_hazards(recorder.log)
+    backward = recorder.log[begun:]
+    waits = next(at for at, e in enumerate(backward) if isinstance(e, Wait) and e.stream == "compute")
+    read = {memory for e in backward if isinstance(e, Launch) and e.stream == "urgent" for memory in e.reads}
+    (freed,) = {e.memory for e in backward[:waits] if isinstance(e, Free)} & {
+        e.memory for e in recorder.log[:begun] if isinstance(e, Allocate) and e.stream == "compute"
+    }
+    assert freed in read
+    untold = [e for e in recorder.log if e != Share("urgent", freed)]
+    assert [hazard.kind for hazard in find_hazards(untold)] == ["reuse"]
+
+
+def test_autograd_adds_up_where_the_sum_goes() -> None:
+    """Oracle: PyTorch's rule, by hand: what two urgent nodes send back to a third is summed on its stream."""
+    recorder, x = Recorder(), torch.ones(3, requires_grad=True)
+    with recorder:
+        streams = RecordedStreams(recorder)
+
+        def twice(given: Tensor) -> tuple[Tensor]:
+            middle = given.exp()
+            return (middle.sin().mul(middle.cos()),)
+
+        five = x.mul(5.0)
+        with streams.reading([streams.position()]):
+            (y,) = streams.urgently(twice, five)
+        begun = len(recorder.log)
+        y.backward(torch.ones(3))
+    sums = [e.stream for e in recorder.log[begun:] if isinstance(e, Launch) and "aten.add" in e.name]
+    assert sums == ["urgent"]
+    assert not find_hazards(recorder.log)
 
 
 @pytest.fixture(scope="module")
