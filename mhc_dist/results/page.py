@@ -85,7 +85,7 @@ def _again(collection: Collection) -> str:
                 "" if file is None else file.commit,
             ]
         )
-    rows.append(["plans", "`mhc-dist results plans`", "10 min", f"{len(collection.cells)} cells", ""])
+    rows.append(["plans", "`mhc-dist results plans`", "20 min", f"{len(collection.cells)} cells", ""])
     return (
         "## Measuring again\n\n"
         "`make results` writes this page and its pictures anew from the files in results/, in seconds.\n"

@@ -1,7 +1,7 @@
 """`mhc-dist results plans`: what hyper-connections cost, planned for many models, clusters and sizes.
 
 Every cell leaves a file in results/plans; a cell that the same planner has left there for the same run and
-cluster is not planned again, so the table can be interrupted and continued. Some 15 seconds a cell on two
+cluster is not planned again, so the table can be interrupted and continued. Half a minute a cell on two
 quiet cores.
 """
 
