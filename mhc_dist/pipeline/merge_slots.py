@@ -9,8 +9,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from mhc_dist.pipeline.action import ActionKind, Pass, Program
-from mhc_dist.pipeline.clock import Message, message_of
+from mhc_dist.pipeline.action import Program
+from mhc_dist.pipeline.run_times import RunTimes
 from mhc_dist.pipeline.schedules.coarse import Op, OpKind
 from mhc_dist.pipeline.simulate import Simulation
 
@@ -48,12 +48,12 @@ def merge_slots(
     times of that run order the joined groups without a circle. In a chain a pass may start while others than
     the one in front of it are under way: it comes after the last one that it may not be joined with.
     """
-    times = _Times(program, simulation)
+    times = RunTimes(program, simulation)
     merge_rank = _chain_rank if ordered else _pair_rank
     return [merge_rank(own, times) for own in groups]
 
 
-def _pair_rank(groups: Sequence[Group], times: _Times) -> list[Group]:
+def _pair_rank(groups: Sequence[Group], times: RunTimes) -> list[Group]:
     result: list[Group] = []
     position = 0
     while position < len(groups):
@@ -69,7 +69,7 @@ def _pair_rank(groups: Sequence[Group], times: _Times) -> list[Group]:
     return result
 
 
-def _chain_rank(groups: Sequence[Group], times: _Times) -> list[Group]:
+def _chain_rank(groups: Sequence[Group], times: RunTimes) -> list[Group]:
     """Weight halves in between move behind the chain, whose gaps they may fill."""
     result: list[Group] = []
     position = 0
@@ -112,7 +112,7 @@ def _partner(groups: Sequence[Group], position: int) -> int | None:
     return None
 
 
-def _may_join(first: Op, second: Op, times: _Times) -> bool:
+def _may_join(first: Op, second: Op, times: RunTimes) -> bool:
     """Different chunks or different directions, so that sums over microbatches keep their order."""
     if first.microbatch == second.microbatch and abs(first.chunk - second.chunk) <= 1:
         return False
@@ -120,40 +120,3 @@ def _may_join(first: Op, second: Op, times: _Times) -> bool:
     if both_backward and first.chunk == second.chunk:
         return False
     return times.ready(second) <= times.start(first) + TOLERANCE
-
-
-class _Times:
-    """When passes started and when their inputs were there, in one simulated run."""
-
-    def __init__(self, program: Program, simulation: Simulation) -> None:
-        layout = program.layout
-        self._layout = layout
-        self._start: dict[Message, float] = {}
-        self._landed: dict[Message, float] = {}
-        for timeline in simulation.ranks:
-            for done in timeline.actions:
-                action = done.action
-                match action.kind:
-                    case ActionKind.COMPUTE:
-                        self._start.setdefault((Pass.FORWARD, action.chunk, action.microbatch), done.start)
-                    case ActionKind.GRADIENT:
-                        self._start.setdefault((Pass.BACKWARD, action.chunk, action.microbatch), done.start)
-                    case ActionKind.HAND_OVER:
-                        self._landed[message_of(action)] = done.end
-            for flight in timeline.flights:
-                if flight.action.kind is ActionKind.SEND:
-                    self._landed[message_of(flight.action)] = flight.end
-
-    def start(self, op: Op) -> float:
-        return self._start[_message(op)]
-
-    def ready(self, op: Op) -> float:
-        """When the input landed; the ends of the model need none."""
-        direction, chunk, _ = _message(op)
-        neighbour = self._layout.previous if direction is Pass.FORWARD else self._layout.next
-        return 0.0 if neighbour(chunk) is None else self._landed[_message(op)]
-
-
-def _message(op: Op) -> Message:
-    direction = Pass.FORWARD if op.kind is OpKind.F else Pass.BACKWARD
-    return (direction, op.chunk, op.microbatch)

@@ -18,8 +18,12 @@ from mhc_dist.pipeline.merge_slots import Group, merge_slots
 from mhc_dist.pipeline.place_rank import RankPlacer
 from mhc_dist.pipeline.placement import CAUTION, Placement
 from mhc_dist.pipeline.receives import COMPUTE_KINDS, post_receives
+from mhc_dist.pipeline.run_times import RunTimes
 from mhc_dist.pipeline.schedules.coarse import CoarseSchedule
 from mhc_dist.pipeline.simulate import Simulation
+
+Placed = tuple[Program, Simulation]
+"""A program and its run."""
 
 TICKS_PER_SECOND = 1_000_000_000
 
@@ -43,29 +47,31 @@ def place_best(
     chunks: tuple[ChunkShape, ...],
     costs: CostTable,
     placement: Placement | None = None,
-) -> tuple[Program, Simulation]:
-    """The safest of three placements that costs next to nothing: counts awaited late; as `place`; and without
-    a margin for slower links.
+) -> Placed:
+    """For runs, which then never get a slower program than the planner found for them; the planner itself
+    saves the time: counts awaited late or at once, slots that look ahead or not.
 
-    For runs, which then never get a much slower program than the planner found for them; the planner itself
-    saves the time. What is safe costs nothing where no rank waits for exchanges all the same: no second
-    attempt. Costs that know how phases differ tell which one really is the fastest.
+    What is safe, late counts, costs nothing where no rank waits for exchanges all the same: no other attempt.
+    Costs that know how phases differ tell which program really is the fastest; without them the one that
+    waits late may take CAUTION longer.
     """
     placement = placement or Placement()
-    if placement.wire_margin == 1.0:
-        return place_and_simulate(schedule, chunks, costs, placement)
     safest = place_and_simulate(schedule, chunks, costs, replace(placement, late_counts=True))
     waiting = max(rank.blocked(ActionKind.WAIT) for rank in safest[1].ranks)
     if costs.jitter is None and waiting <= CAUTION * safest[1].makespan and _fits(safest[1], placement):
         return safest
-    others = (placement, replace(placement, wire_margin=1.0))
-    runs = [safest, *(place_and_simulate(schedule, chunks, costs, other) for other in others)]
+    ahead = replace(placement, look_ahead=True)
+    safe, plain = (
+        candidates(schedule, chunks, costs, replace(ahead, late_counts=late)) for late in (True, False)
+    )
+    if costs.jitter is not None:
+        real = [(program, Simulation(program, costs)) for program, _ in (*safe, *plain)]
+        chosen, _ = _best(real, placement)
+        return next(run for run in (*safe, *plain) if run[0] is chosen)
+    runs = [_best(safe, placement), _best(plain, placement)]
     runs = [run for run in runs if _fits(run[1], placement)] or runs
-    if costs.jitter is None:
-        seconds, allowed = [simulation.makespan for _, simulation in runs], CAUTION
-    else:
-        seconds, allowed = [Simulation(program, costs).makespan for program, _ in runs], TIE
-    return next(run for run, one in zip(runs, seconds, strict=True) if one <= (1 + allowed) * min(seconds))
+    fastest = min(simulation.makespan for _, simulation in runs)
+    return next(run for run in runs if run[1].makespan <= (1 + CAUTION) * fastest)
 
 
 def place_and_simulate(
@@ -73,29 +79,43 @@ def place_and_simulate(
     chunks: tuple[ChunkShape, ...],
     costs: CostTable,
     placement: Placement | None = None,
-) -> tuple[Program, Simulation]:
+) -> Placed:
     """As `place`, with the run of the result, which was needed to choose it.
 
     That run is of phases that all last their cost: what ran side by side in it may run side by side.
     """
+    placement = placement or Placement()
+    return _best(candidates(schedule, chunks, costs, placement), placement)
+
+
+def candidates(
+    schedule: CoarseSchedule, chunks: tuple[ChunkShape, ...], costs: CostTable, placement: Placement
+) -> list[Placed]:
+    """Programs to choose from, with their runs; the last half looks ahead, if `placement` does."""
     if len(chunks) != len(schedule.chunk_rank):
         raise ValueError(f"{len(chunks)} chunks given, but the schedule lays out {len(schedule.chunk_rank)}.")
-    placement = placement or Placement()
     costs = replace(costs, jitter=None)
     layout = Layout(schedule.chunk_rank, schedule.num_microbatches, schedule.num_copies)
     placer = RankPlacer(chunks, layout, costs, placement)
     groups = [[Group(ops_of(slot)) for slot in slots] for slots in schedule.ranks]
-    program = _assemble(schedule, chunks, costs, placer, groups)
-    simulation = Simulation(program, costs)
-    if not placement.merge_slots or not placer.has_exchanges:
-        return program, simulation
+
+    def run(own: Sequence[Sequence[Group]], times: RunTimes | None = None) -> Placed:
+        program = assemble(schedule, chunks, costs, placer, own, times)
+        return program, Simulation(program, costs)
+
+    program, simulation = run(groups)
     runs = [(program, simulation)]
+    if not placement.merge_slots or not placer.has_exchanges:
+        return runs
+    grouped = [groups]
     for ordered in (False, True):
         joined = merge_slots(groups, program, simulation, ordered=ordered)
         if joined != groups:
-            other = _assemble(schedule, chunks, costs, placer, joined)
-            runs.append((other, Simulation(other, costs)))
-    return _best(runs, placement)
+            runs.append(run(joined))
+            grouped.append(joined)
+    if placement.look_ahead:
+        runs += [run(own, RunTimes(*known)) for own, known in zip(grouped, list(runs), strict=True)]
+    return runs
 
 
 def _fits(simulation: Simulation, placement: Placement) -> bool:
@@ -103,25 +123,28 @@ def _fits(simulation: Simulation, placement: Placement) -> bool:
     return budget is None or max(rank.peak_bytes for rank in simulation.ranks) <= budget
 
 
-def _best(runs: Sequence[tuple[Program, Simulation]], placement: Placement) -> tuple[Program, Simulation]:
+def _best(runs: Sequence[Placed], placement: Placement) -> Placed:
     """Of those within memory (of all, if none is) the fastest; of equals (TIE) the one that waits least."""
-    candidates = [run for run in runs if _fits(run[1], placement)] or runs
-    fastest = min(simulation.makespan for _, simulation in candidates)
-    alike = [run for run in candidates if run[1].makespan <= (1 + TIE) * fastest]
+    fitting = [run for run in runs if _fits(run[1], placement)] or runs
+    fastest = min(simulation.makespan for _, simulation in fitting)
+    alike = [run for run in fitting if run[1].makespan <= (1 + TIE) * fastest]
     return min(alike, key=lambda run: sum(rank.blocked(ActionKind.WAIT) for rank in run[1].ranks))
 
 
-def _assemble(
+def assemble(
     schedule: CoarseSchedule,
     chunks: tuple[ChunkShape, ...],
     costs: CostTable,
     placer: RankPlacer,
     groups: Sequence[Sequence[Group]],
+    times: RunTimes | None = None,
 ) -> Program:
+    """The program of `groups`, in the order that `placer` finds. times: for slots that look ahead."""
+
     def duration(action: Action) -> int:
         return max(1, ticks(costs.seconds(action))) if action.kind in COMPUTE_KINDS else 0
 
-    ranks = [_finish_rank(placer.place_rank(rank, own)) for rank, own in enumerate(groups)]
+    ranks = [_finish_rank(placer.place_rank(rank, own, times)) for rank, own in enumerate(groups)]
     return Program(
         schedule=schedule.name,
         num_microbatches=schedule.num_microbatches,

@@ -7,20 +7,19 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Sequence
-from itertools import chain
+from itertools import chain, zip_longest
 
 from mhc_dist.pipeline.action import Action, ActionKind, ChunkShape, Layout, Pass
-from mhc_dist.pipeline.cost import CostTable, bytes_at_end, bytes_at_start, with_slower_wires
+from mhc_dist.pipeline.cost import CostTable, bytes_at_end, bytes_at_start
 from mhc_dist.pipeline.flow import ChunkFlow
 from mhc_dist.pipeline.lower_pass import boundary
 from mhc_dist.pipeline.merge_slots import Group
 from mhc_dist.pipeline.op_graph import OpGraph, backward_graph, forward_graph
-from mhc_dist.pipeline.place_slot import Filler, SlotScheduler, Step, Unit
-from mhc_dist.pipeline.placement import CAUTION, Placement
+from mhc_dist.pipeline.placement import Placement
+from mhc_dist.pipeline.run_times import RunTimes
 from mhc_dist.pipeline.schedules.coarse import Op, OpKind
-
-WIRE_BOUND = 0.9
-"""A pair whose exchanges take this share of its compute is as slow as its link: no window is to spare."""
+from mhc_dist.pipeline.slot import Filler, Guest, Slot, Step, Unit
+from mhc_dist.pipeline.slot_choice import Order, SlotChooser
 
 RECEIVE_BUFFERS = 4
 """Posted receives that a memory budget leaves room for: two directions, each one in use and one ahead."""
@@ -38,7 +37,9 @@ class RankPlacer:
         self._layout = layout
         self._costs = costs
         self._placement = placement
-        self._cautious = with_slower_wires(costs, placement.wire_margin)
+        self._chooser = SlotChooser(
+            costs, placement.wire_margin, late_recompute=not placement.prefetch_recompute
+        )
         flows = [ChunkFlow(shape) for shape in chunks]
         self._forward = [forward_graph(flow) for flow in flows]
         self._backward = [backward_graph(flow) for flow in flows]
@@ -49,18 +50,23 @@ class RankPlacer:
             )
             for c, flow in enumerate(flows)
         ]
-        self._slots: dict[_Key, list[Step]] = {}
+        self._slots: dict[_Key, Order] = {}
         self._bytes: dict[tuple[int, bool, bool], int] = {}
 
     @property
     def has_exchanges(self) -> bool:
         return any(self._has_exchange)
 
-    def place_rank(self, rank: int, groups: Sequence[Group]) -> list[Action]:
-        """All actions of one rank, without receives, FREE, REDUCE and STEP."""
+    def place_rank(self, rank: int, groups: Sequence[Group], times: RunTimes | None = None) -> list[Action]:
+        """All actions of one rank, without receives, FREE, REDUCE and STEP.
+
+        times: of a run of the same groups; with it, a forward of the next slot may begin in gaps of a slot if
+        in that run its input was there when the slot started. None: slots begin when the one before is over.
+        """
         state = _RankState(self._costs.static_bytes[rank] if self._costs.static_bytes else 0)
         upcoming = deque(op for group in groups for op in group.ops if op.kind in (OpKind.B, OpKind.I))
-        for group in groups:
+        start = 0.0
+        for group, following in zip_longest(groups, groups[1:]):
             if group.is_weights:
                 self._finish_weights(state, group.first)
                 continue
@@ -68,12 +74,41 @@ class RankPlacer:
                 if op.kind in (OpKind.B, OpKind.I):
                     upcoming.remove(op)
             next_backward = upcoming[0] if upcoming else None
-            self._place_slot(state, group, next_backward)
+            guest = None
+            if times is not None and following is not None:
+                guest = self._guest(state, group, following, times, start)
+                # The next slot started later than this: weight gradients may have come in between.
+                start = max(times.end(op) for op in group.ops)
+            self._place_slot(state, group, next_backward, guest)
         return state.actions
+
+    def _guest(
+        self, state: _RankState, group: Group, following: Group, times: RunTimes, start: float
+    ) -> tuple[Op, Guest] | None:
+        """The first forward of the next slot, if its input will be there.
+
+        Safe for the reason that merged slots are (`merge_slots`): what moves into this slot needs nothing
+        that in the known run came after its start, but what this slot itself has handed on before. start: of
+        this slot, or earlier.
+        """
+        op = next((op for op in following.ops if op.kind is OpKind.F), None)
+        if op is None or following.ordered or group.ordered or len(group.ops) < 2:
+            return None
+        if not self._has_exchange[op.chunk]:  # nothing that would stop it short of its end
+            return None
+        unit = self._unit(state, op)
+        for position, own in enumerate(group.ops):
+            if own.kind is OpKind.F and (own.microbatch, self._layout.next(own.chunk)) == (
+                op.microbatch,
+                op.chunk,
+            ):
+                return op, Guest(unit, after=position)
+        return (op, Guest(unit)) if times.ready(op) <= start else None
 
     def _unit(self, state: _RankState, op: Op) -> Unit:
         if op.kind is OpKind.F:
-            return Unit(op.chunk, self._forward[op.chunk], False, False, False)
+            fresh = Unit(op.chunk, self._forward[op.chunk], False, False, False)
+            return state.begun.pop((op.chunk, op.microbatch), fresh)
         graph = self._backward[op.chunk]
         deferred = op.kind is OpKind.I
         done = state.recomputed.pop((op.chunk, op.microbatch), set())
@@ -85,9 +120,17 @@ class RankPlacer:
         keeps = not deferred and self._placement.split_weights and self._has_exchange[op.chunk]
         return Unit(op.chunk, graph, True, deferred or keeps, keeps, finished)
 
-    def _place_slot(self, state: _RankState, group: Group, next_backward: Op | None) -> None:
-        ops = group.ops
-        units = tuple(self._unit(state, op) for op in ops)
+    def _place_slot(
+        self,
+        state: _RankState,
+        group: Group,
+        next_backward: Op | None,
+        invited: tuple[Op, Guest] | None,
+    ) -> None:
+        units = tuple(self._unit(state, op) for op in group.ops)
+        ops, guest = group.ops, None
+        if invited is not None:
+            ops, guest = (*ops, invited[0]), invited[1]
         prefetch = self._prefetch(state, next_backward)
         put_off = list(state.put_off)
         queues = [[filler for filler, _ in put_off], prefetch]
@@ -96,19 +139,28 @@ class RankPlacer:
             receive_buffers = RECEIVE_BUFFERS * self._costs.message.payload_bytes
             headroom = self._placement.memory_budget - state.live - receive_buffers
             # Ample memory is all alike, so that such slots share their result.
-            if headroom >= sum(map(self._most_bytes, units)) + sum(map(self._filler_bytes, chain(*queues))):
+            everyone = units if guest is None else (*units, guest.unit)
+            most = sum(map(self._most_bytes, everyone)) + sum(map(self._filler_bytes, chain(*queues)))
+            if headroom >= most:
                 headroom = None
+        whole_pair = not group.ordered and len(units) == 2 and any(unit.keeps_weights for unit in units)
+        late_counts = self._placement.late_counts and whole_pair
         key: _Key = (
-            tuple((u.chunk, u.is_backward, u.split_weights, u.keeps_weights, u.finished) for u in units),
+            tuple(map(_kind_of, units)),
+            None if guest is None else (_kind_of(guest.unit), guest.after),
             tuple(map(tuple, queues)),
             headroom,
             group.ordered,
             group.after,
         )
         if key not in self._slots:
-            self._slots[key] = self._scheduled(group, units, queues, headroom)
+            slot = Slot(units, queues, headroom, group.ordered, group.after, late_counts, guest)
+            self._slots[key] = self._chooser.order(slot)
+        order = self._slots[key]
+        if order.begun is not None:
+            state.begun[ops[-1].chunk, ops[-1].microbatch] = order.begun
         taken = [0, 0]
-        for step in self._slots[key]:
+        for step in order.steps:
             if step.source < len(ops):
                 self._emit(state, ops[step.source], step)
                 continue
@@ -122,8 +174,8 @@ class RankPlacer:
                 state.recomputed.setdefault((filler.chunk, microbatch), set()).add(filler.item)
             taken[queue] += 1
             self._append(state, Action(filler.kind, filler.chunk, microbatch, filler.item))
-        weights_done = {(s.source, s.item) for s in self._slots[key] if s.kind is ActionKind.WEIGHT}
-        for unit_index, (op, unit) in enumerate(zip(ops, units, strict=True)):
+        weights_done = {(s.source, s.item) for s in order.steps if s.kind is ActionKind.WEIGHT}
+        for unit_index, (op, unit) in enumerate(zip(group.ops, units, strict=True)):
             if op.kind is OpKind.I:
                 state.put_off.extend(
                     (Filler(ActionKind.WEIGHT, op.chunk, node.item), op.microbatch)
@@ -134,52 +186,6 @@ class RankPlacer:
                 )
             if op.kind is OpKind.F:
                 state.forwarded.add((op.chunk, op.microbatch))
-
-    def _scheduled(
-        self,
-        group: Group,
-        units: tuple[Unit, ...],
-        queues: Sequence[Sequence[Filler]],
-        headroom: int | None,
-    ) -> list[Step]:
-        """The steps of a slot. Recomputation may move, unless its own pair is faster where it waits for its
-        use: where exchanges take as long as compute, it must not delay what starts the next one.
-        """
-        whole_pair = not group.ordered and len(units) == 2 and any(unit.keeps_weights for unit in units)
-        placement = self._placement
-
-        def scheduler(costs: CostTable, *, late: bool) -> SlotScheduler:
-            return SlotScheduler(
-                units,
-                queues,
-                costs,
-                headroom,
-                late_recompute=late,
-                ordered=group.ordered,
-                after=group.after,
-                late_counts=placement.late_counts and whole_pair,
-            )
-
-        def seconds(*, late: bool) -> float:
-            timed = scheduler(self._costs, late=late)
-            timed.run()
-            return timed.seconds
-
-        late = not placement.prefetch_recompute
-        if not late and whole_pair and any(map(_recomputes, units)) and self._is_bound_by_wires(units):
-            late = (1 + CAUTION) * seconds(late=True) < seconds(late=False)
-        return scheduler(self._cautious if whole_pair else self._costs, late=late).run()
-
-    def _is_bound_by_wires(self, units: Sequence[Unit]) -> bool:
-        wires = compute = 0.0
-        for unit in units:
-            for node in unit.graph.nodes:
-                action = Action(node.kind, unit.chunk, 0, node.item, node.direction)
-                if node.is_exchange:
-                    wires += self._costs.wire_seconds(action)
-                elif node.kind is not ActionKind.RECOMPUTE:
-                    compute += self._costs.seconds(action)
-        return wires >= WIRE_BOUND * compute
 
     def _most_bytes(self, unit: Unit) -> int:
         """What a pass can add to live memory if nothing is given back meanwhile."""
@@ -260,11 +266,20 @@ class _RankState:
         self.put_off: deque[tuple[Filler, int]] = deque()
         self.recomputed: dict[tuple[int, int], set[str]] = {}
         self.forwarded: set[tuple[int, int]] = set()
+        self.begun: dict[tuple[int, int], Unit] = {}
 
 
-def _recomputes(unit: Unit) -> bool:
-    nodes = unit.graph.nodes
-    return any(n.kind is ActionKind.RECOMPUTE and i not in unit.finished for i, n in enumerate(nodes))
+def _kind_of(unit: Unit) -> _Key:
+    """Units alike in this are placed alike."""
+    return (
+        unit.chunk,
+        unit.is_backward,
+        unit.split_weights,
+        unit.keeps_weights,
+        unit.finished,
+        unit.flying,
+        unit.has_arrived,
+    )
 
 
 def _last_block_first(graph: OpGraph) -> list[str]:

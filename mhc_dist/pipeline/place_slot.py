@@ -1,18 +1,18 @@
 """List scheduling of one slot: which compute action runs next while exchanges are in flight.
 
-Works on positions, not microbatches, so that equal slots share one result. Standard library only.
+Standard library only.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import replace
 from functools import partial
 from math import inf
 
-from mhc_dist.pipeline.action import Action, ActionKind, Pass
+from mhc_dist.pipeline.action import Action, ActionKind
 from mhc_dist.pipeline.cost import CostTable, bytes_at_end, bytes_at_start
-from mhc_dist.pipeline.op_graph import Node, OpGraph, tails
+from mhc_dist.pipeline.op_graph import Node, tails
+from mhc_dist.pipeline.slot import Slot, Step, Unit
 
 TINY_SECONDS = 1e-12
 """Breaks ties between what could start now: first what needs no message, and recomputation last while no
@@ -22,42 +22,6 @@ PATIENCE = 0.25
 """An exchange that needs a short one first (the counts before the rows) is worth waiting this much of its own
 time for: issued later, it would miss the compute that could have hidden it."""
 
-
-@dataclass(frozen=True, slots=True)
-class Unit:
-    """One pass of the slot. `finished`: nodes that already ran, as fillers of earlier slots.
-
-    split_weights: GRADIENT leaves its weight half behind. keeps_weights: and this slot has to run them.
-    """
-
-    chunk: int
-    graph: OpGraph
-    is_backward: bool
-    split_weights: bool
-    keeps_weights: bool
-    finished: frozenset[int] = frozenset()
-
-
-@dataclass(frozen=True, slots=True)
-class Filler:
-    """Work of another slot that may run in a gap of this one, after the fillers in front of it."""
-
-    kind: ActionKind
-    chunk: int
-    item: str
-
-
-@dataclass(frozen=True, slots=True)
-class Step:
-    """One action of the result. `source` is a unit, or number of units + position of a filler queue."""
-
-    source: int
-    kind: ActionKind
-    item: str = ""
-    direction: Pass | None = None
-    defer_weights: bool = False
-
-
 OVERSHOOT = 0.1
 """In an ordered slot a later pass may delay an earlier one by this share of the phase it runs in its gap."""
 
@@ -65,27 +29,22 @@ NUM_OPEN = 2
 """Passes of an ordered slot that are under way at the same time."""
 
 
-@dataclass
 class SlotScheduler:
-    """Builds the steps of one slot. Times start at 0; `headroom` is memory left at the start, None if ample.
+    """Builds the steps of one slot, whose times start at 0.
 
-    queues: fillers, each queue to be taken from its front; earlier queues are preferred. The weight gradients
-    that this slot's own passes put off come after those of the first queue, and are left over if no gap takes
-    them. ordered: units finish one after the other, and a later one only fills the gaps of the first; unit u
-    starts once the first after[u] units have handed on what they made.
-    late_counts: an exchange that another one needs (the counts before the rows) is awaited after the next
-    phase at the earliest, so that a peer may be late by that phase.
+    late_recompute: recomputation right before its use. guest_gap: a gap of this share of the guest's next
+    phase lets that begin in it; None keeps the guest out.
     """
 
-    units: Sequence[Unit]
-    queues: Sequence[Sequence[Filler]]
-    costs: CostTable
-    headroom: int | None
-    late_recompute: bool = False
-    ordered: bool = False
-    after: tuple[int, ...] = ()
-    late_counts: bool = False
-    steps: list[Step] = field(default_factory=list)
+    def __init__(
+        self, slot: Slot, costs: CostTable, *, late_recompute: bool = False, guest_gap: float | None = None
+    ) -> None:
+        self.slot = slot
+        self.units = slot.units
+        self.costs = costs
+        self.late_recompute = late_recompute
+        self.guest_gap = guest_gap
+        self.steps: list[Step] = []
 
     def run(self) -> list[Step]:
         """All steps of the slot, in order."""
@@ -93,14 +52,15 @@ class SlotScheduler:
         self._live = 0
         self._lane_free: dict[str, float] = {}
         self._done: list[set[int]] = [set(unit.finished) for unit in self.units]
-        self._flying: list[dict[int, float]] = [{} for _ in self.units]
+        self._flying: list[dict[int, float]] = [dict(unit.flying) for unit in self.units]
         self._left: list[bool] = [False for _ in self.units]
-        self._arrived: list[bool] = [False for _ in self.units]
+        self._arrived: list[bool] = [unit.has_arrived for unit in self.units]
         self._weights: list[tuple[int, str]] = []
         self._own_put_off: list[tuple[int, str]] = []
         self._complete = [False for _ in self.units]
-        self._taken = [0 for _ in self.queues]
+        self._taken = [0 for _ in self.slot.queues]
         self._tails = [tails(unit.graph, partial(self._node_seconds, unit)) for unit in self.units]
+        self._take_over_lanes()
         self._issue_ready()
         while True:
             best = self._best_candidate()
@@ -112,7 +72,7 @@ class SlotScheduler:
             self._run_node(unit, position)
         while self._weights:
             self._run_weight(0)
-        for unit in range(len(self.units)):
+        for unit in range(len(self.slot.own)):
             for position in list(self._flying[unit]):
                 self._wait(unit, position)
             self._leave_if_complete(unit)
@@ -122,6 +82,20 @@ class SlotScheduler:
     def seconds(self) -> float:
         """After `run`: how long the slot takes."""
         return self._now
+
+    @property
+    def begun(self) -> Unit | None:
+        """After `run`: the guest with what is done of it, in this slot's time; None if it did not begin."""
+        guest = self.slot.guest
+        if guest is None or self._done[-1] == guest.unit.finished:
+            return None
+        return replace(guest.unit, finished=frozenset(self._done[-1]), has_arrived=self._arrived[-1])
+
+    def _take_over_lanes(self) -> None:
+        for unit in self.units:
+            for position, end in unit.flying:
+                lane = self.costs.lane(self._node_action(unit, unit.graph.nodes[position]))
+                self._lane_free[lane] = max(end, self._lane_free.get(lane, 0.0))
 
     def _node_action(self, unit: Unit, node: Node) -> Action:
         defer = node.kind is ActionKind.GRADIENT and unit.split_weights and node.has_weights
@@ -137,12 +111,12 @@ class SlotScheduler:
         opened = 0
         limit = inf
         landing = max((end for flying in self._flying for end in flying.values()), default=0.0)
-        for u, unit in enumerate(self.units):
+        for u, unit in enumerate(self.slot.own):
             done, flying = self._done[u], self._flying[u]
-            if self.ordered:
+            if self.slot.ordered:
                 if self._complete[u]:
                     continue
-                if opened == NUM_OPEN or not all(self._left[: self.after[u]]):
+                if opened == NUM_OPEN or not all(self._left[: self.slot.after[u]]):
                     break
                 if opened and best is not None:
                     limit = best[1]
@@ -161,7 +135,7 @@ class SlotScheduler:
                 else:
                     if node.needs_arrival and not self._arrived[u]:
                         start += TINY_SECONDS
-                    if node.kind is ActionKind.RECOMPUTE and len(self.units) > 1:
+                    if node.kind is ActionKind.RECOMPUTE and len(self.slot.own) > 1:
                         # Counts in flight are no cover for it: half of it has to lie under a flight.
                         covered_until = self._now + 0.5 * self._node_seconds(unit, node)
                         start += 2 * TINY_SECONDS * (landing < covered_until)
@@ -182,7 +156,10 @@ class SlotScheduler:
         return tuple(n for n, kind in zip(node.needs, kinds, strict=True) if kind is not ActionKind.RECOMPUTE)
 
     def _fits(self, action: Action) -> bool:
-        return self.headroom is None or self._live + bytes_at_start(action, self.costs) <= self.headroom
+        return (
+            self.slot.headroom is None
+            or self._live + bytes_at_start(action, self.costs) <= self.slot.headroom
+        )
 
     def _run_action(self, source: int, action: Action) -> None:
         self.steps.append(Step(source, action.kind, action.item, action.direction, action.defer_weights))
@@ -235,7 +212,7 @@ class SlotScheduler:
                     continue
                 action = self._node_action(unit, node)
                 patience = self._now
-                if not self.late_counts:
+                if not self.slot.late_counts:
                     patience += PATIENCE * self.costs.wire_seconds(action)
                 flying, done = self._flying[u], self._done[u]
                 if all(need in done or flying.get(need, inf) <= patience for need in node.needs):
@@ -296,11 +273,30 @@ class SlotScheduler:
             if seconds <= 2 * gap:
                 self._take(queue, action)
                 return True
+        return self._run_guest(gap)
+
+    def _run_guest(self, gap: float) -> bool:
+        """The guest's next phase. It only moves to an earlier time, so it may overshoot the gap."""
+        guest = self.slot.guest
+        if guest is None or self.guest_gap is None:
+            return False
+        if guest.after is not None and not self._left[guest.after]:
+            return False
+        u = len(self.slot.own)
+        for position, node in enumerate(guest.unit.graph.nodes):
+            if node.is_exchange:
+                return False
+            if position not in self._done[u]:
+                action = self._node_action(guest.unit, node)
+                if gap < self.guest_gap * self.costs.seconds(action) or not self._fits(action):
+                    return False
+                self._run_node(u, position)
+                return True
         return False
 
     def _run_own_put_off(self, gap: float) -> bool:
         """A weight gradient that this slot put off, once earlier ones are done: sums keep their order."""
-        if not self._own_put_off or (self.queues and self._taken[0] < len(self.queues[0])):
+        if not self._own_put_off or (self.slot.queues and self._taken[0] < len(self.slot.queues[0])):
             return False
         u, item = self._own_put_off[0]
         action = Action(ActionKind.WEIGHT, self.units[u].chunk, 0, item)
@@ -312,7 +308,7 @@ class SlotScheduler:
 
     def _queued_fillers(self) -> list[tuple[float, int, Action]]:
         result = []
-        for queue, fillers in enumerate(self.queues):
+        for queue, fillers in enumerate(self.slot.queues):
             if self._taken[queue] < len(fillers):
                 filler = fillers[self._taken[queue]]
                 action = Action(filler.kind, filler.chunk, 0, filler.item)
