@@ -10,12 +10,13 @@ from typing import NamedTuple
 import torch
 import torch.distributed as dist
 from mhc_kernels.seam import make_backend
-from mhc_kernels.warm_up import may_take_seconds, warm_up
+from mhc_kernels.warm_up import MAY_TAKE_SECONDS, may_take_seconds, warm_up, warm_up_tokens
 from torch import Tensor
 
 from mhc_dist.config import RunConfig
 from mhc_dist.data.batches import Sequences
 from mhc_dist.guard.stop import StopKind
+from mhc_dist.model.count import dense_width
 from mhc_dist.model.hyper_connection import ManifoldConnection
 from mhc_dist.observe.stability import StabilityProbe
 from mhc_dist.optim.engine import OptimizerEngine, StepOutcome
@@ -116,17 +117,27 @@ class Worker:
     @property
     def warm_up_seconds(self) -> float:
         """How long `warm_up` may take; 0 when there is nothing to compile."""
-        return max((may_take_seconds(connection.backend) for connection in self._connections), default=0.0)
+        limits = [may_take_seconds(connection.backend) for connection in self._connections]
+        if self.device.type == "cuda":
+            limits.append(MAY_TAKE_SECONDS["triton"])
+        return max(limits, default=0.0)
 
     def warm_up(self) -> None:
         """Compile what the first step would have to, on all ranks at once, and wait for the slowest.
 
         Collective over the world.
         """
+        model, data = self.config.model, self.config.data
+        num_tokens = data.sequences_per_microbatch * data.sequence_length
+        dtype = STREAM_DTYPE[self.config.train.precision]
         for connection in self._connections[:1]:
-            num_tokens = self.config.data.sequences_per_microbatch * self.config.data.sequence_length
-            channels, dtype = self.config.model.hidden_size, STREAM_DTYPE[self.config.train.precision]
-            warm_up(connection.backend, connection.spec, num_tokens, channels, dtype, self.device)
+            warm_up(connection.backend, connection.spec, num_tokens, model.hidden_size, dtype, self.device)
+        if self.device.type == "cuda":  # elsewhere rows are moved by torch
+            shared = model.num_shared_experts * model.expert_dim
+            widths = {dense_width(model), model.expert_dim, shared} - {0}
+            warm_up_tokens(
+                num_tokens, model.hidden_size, model.num_active_experts, widths, dtype, self.device
+            )
         limit = timedelta(seconds=self.warm_up_seconds)
         dist.monitored_barrier(group=self.groups.control, timeout=limit)
 

@@ -7,9 +7,12 @@ tells its watchdog `may_take_seconds`.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import torch
 from torch import Tensor
 
+from mhc_kernels import tokens
 from mhc_kernels.spec import Connection, ConnectionSpec, Kept, SeamBackend
 
 MAY_TAKE_SECONDS = {"compiled": 900.0, "triton": 900.0}
@@ -59,5 +62,31 @@ def warm_up(
         for seam in (first, second)
     ]
     backend.recompute_block(x_TNC.detach(), kept)
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def warm_up_tokens(
+    num_tokens: int,
+    channels: int,
+    num_choices: int,
+    widths: Iterable[int],
+    dtype: torch.dtype,
+    device: torch.device,
+) -> None:
+    """Rows to `num_choices` experts a token and back, and SwiGLU of `widths`, forward and backward.
+
+    How many rows arrive differs from step to step, but no kernel is compiled for their number.
+    """
+    choices_K = torch.arange(num_choices, device=device)
+    order = tokens.order_by_expert(choices_K.expand(num_tokens, -1).contiguous(), num_choices)
+    x_TC = torch.ones(num_tokens, channels, dtype=dtype, device=device, requires_grad=True)
+    weight_TK = torch.ones(num_tokens, num_choices, device=device, requires_grad=True)
+    with torch.enable_grad():
+        y_TC = tokens.unpermute(tokens.permute(x_TC, order), weight_TK, order)
+        torch.autograd.grad(y_TC.float().sum(), (x_TC, weight_TK))
+        for width in widths:
+            gate_up_TD = torch.ones(num_tokens, 2 * width, dtype=dtype, device=device, requires_grad=True)
+            torch.autograd.grad(tokens.swiglu(gate_up_TD).float().sum(), gate_up_TD)
     if device.type == "cuda":
         torch.cuda.synchronize(device)

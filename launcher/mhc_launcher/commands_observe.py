@@ -29,7 +29,8 @@ def top_command(
         typer.echo(json.dumps({t.rank: status for t, status in zip(targets, ask(targets), strict=True)}))
     elif once:
         targets = find_targets(run)
-        Console().print(table(run, targets, ask(targets)))
+        console = Console()
+        console.print(table(run, targets, ask(targets), console.width))
     else:
         watch(run, interval, Console())
 

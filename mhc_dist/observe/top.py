@@ -23,6 +23,8 @@ from mhc_dist.observe.target_file import TARGETS_FOLDER
 ANSWER_SECONDS = 2.0
 LONG_ACTION_SECONDS = 5.0
 """An action that has lasted this long is shown in colour: most take milliseconds."""
+WIDE = 120
+"""Columns of text that all headings and what a rank does fit into."""
 
 
 @dataclass(frozen=True)
@@ -68,33 +70,45 @@ def _ask_one(target: Target) -> dict[str, Any] | None:
         return None
 
 
-def table(run: Path, targets: Sequence[Target], answers: Sequence[dict[str, Any] | None]) -> Table:
-    """The ranks as a table: what each does now, and how its last step was spent."""
+def table(
+    run: Path, targets: Sequence[Target], answers: Sequence[dict[str, Any] | None], width: int
+) -> Table:
+    """The ranks as a table: what each does now, and how its last step was spent. `width` columns of text are
+    there: below WIDE, one column says where a rank is (stage, data, expert), and headings are short.
+    """
     steps = [answer["step"] for answer in answers if answer and answer["step"] is not None]
     title = f"{run.name}: " + (f"step {max(steps)}" if steps else "no step yet")
+    wide = width >= WIDE
     result = Table(title=title, title_justify="left", header_style="bold")
-    for name in ("rank", "node", "stage", "data", "expert"):
-        result.add_column(name, justify="left" if name == "node" else "right", no_wrap=True)
+    if not wide:
+        result = Table(title=title, title_justify="left", header_style="bold", box=None, padding=(0, 1, 0, 0))
+    places = ("stage", "data", "expert") if wide else ("s/d/e",)
+    result.add_column("rank", justify="right", no_wrap=True)
+    result.add_column("node", no_wrap=True)
+    for name in places:
+        result.add_column(name, justify="right", no_wrap=True)
     result.add_column("doing", ratio=1, no_wrap=True)
-    for name in ("since", "step", "took", "computing", "all-to-all", "p2p", "bubble"):
+    shares = ("computing", "all-to-all", "p2p", "bubble") if wide else ("comp", "a2a", "p2p", "bub")
+    for name in ("since", *(["step"] if wide else []), "took", *shares):
         result.add_column(name, justify="right", no_wrap=True)
     for target, answer in zip(targets, answers, strict=True):
         if answer is None:
-            row = [str(target.rank), target.address.rpartition(":")[0], *"---"]
-            result.add_row(*row, Text("no answer", style="bold red"))
+            nowhere = "-" * len(places)
+            node = target.address.rpartition(":")[0]
+            result.add_row(str(target.rank), node, *nowhere, Text("no answer", style="bold red"))
             continue
+        where = [str(answer[name]) for name in ("stage", "data_rank", "expert_rank")]
         seconds = answer["action_seconds"]
         slow = seconds is not None and seconds > LONG_ACTION_SECONDS
+        step = "" if answer["step"] is None else str(answer["step"])
         result.add_row(
             str(answer["rank"]),
             str(answer["node"]),
-            str(answer["stage"]),
-            str(answer["data_rank"]),
-            str(answer["expert_rank"]),
+            *(where if wide else ["/".join(where)]),
             Text(str(answer["action"]), style="yellow" if slow else ""),
             Text("" if seconds is None else f"{seconds:.1f} s", style="yellow" if slow else ""),
-            "" if answer["step"] is None else str(answer["step"]),
-            "" if answer["step_seconds"] is None else f"{answer['step_seconds']:.2f} s",
+            *([step] if wide else []),
+            "" if answer["step"] is None else f"{answer['step_seconds']:.2f} s",
             *(
                 "" if answer["step"] is None else f"{answer[share]:.0%}"
                 for share in ("computing", "exposed_all_to_all", "exposed_p2p", "bubble")
@@ -108,11 +122,12 @@ def watch(
 ) -> None:
     """Redraw the table until the run ends or the user interrupts. Raises ValueError when no rank serves."""
     targets = find_targets(run)
-    with Live(table(run, targets, ask(targets)), console=console, screen=False, auto_refresh=False) as live:
+    shown = table(run, targets, ask(targets), console.width)
+    with Live(shown, console=console, screen=False, auto_refresh=False) as live:
         while True:
             sleep(interval_seconds)
             try:
                 targets = find_targets(run)
             except ValueError:
                 return
-            live.update(table(run, targets, ask(targets)), refresh=True)
+            live.update(table(run, targets, ask(targets), console.width), refresh=True)

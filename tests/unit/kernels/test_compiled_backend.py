@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
-from mhc_kernels import compiled_operations
+from mhc_kernels import compiled_operations, tokens
 from mhc_kernels.cpu_operations import CpuOperations
 from mhc_kernels.function_backend import FunctionBackend
 from mhc_kernels.seam import ConnectionSpec, make_backend
-from mhc_kernels.warm_up import may_take_seconds, warm_up
+from mhc_kernels.warm_up import may_take_seconds, warm_up, warm_up_tokens
 
 from tests.unit.kernels.seam_cases import (
     ALL_SPECS,
@@ -113,3 +114,24 @@ def test_warming_up_uses_every_operation(shifted_pre: bool) -> None:
     assert used >= {name for name in dir(CpuOperations) if not name.startswith("_")}
     assert may_take_seconds(backend) == 0.0
     assert may_take_seconds(uncompiled_backend("compiled")) > 60.0
+
+
+def test_warming_up_moves_rows_and_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Oracle: the functions that launch kernels on a GPU, which are called here as there; each with the
+    widths that were announced."""
+    used: list[tuple[str, torch.Size]] = []
+
+    def watched(name: str, function: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
+        def call(first: torch.Tensor, *others: Any) -> torch.Tensor:
+            used.append((name, first.shape))
+            result = function(first, *others)
+            assert result.requires_grad
+            return result
+
+        return call
+
+    for name in ("permute", "unpermute", "swiglu"):
+        monkeypatch.setattr(tokens, name, watched(name, getattr(tokens, name)))
+    warm_up_tokens(6, 32, 2, (16, 48), torch.bfloat16, torch.device("cpu"))
+    shapes = [("permute", (6, 32)), ("unpermute", (12, 32)), ("swiglu", (6, 32)), ("swiglu", (6, 96))]
+    assert used == [(name, torch.Size(shape)) for name, shape in shapes]

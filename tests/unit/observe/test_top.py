@@ -69,12 +69,21 @@ def test_ranks_are_found_asked_and_shown(tmp_path: Path) -> None:
         exporter.close()
     assert answers[0] is None
     assert json.loads(json.dumps(answers[1])) == status().now()
-    shown = StringIO()
-    Console(file=shown, width=160).print(table(run, targets, answers))
-    assert "a: step 12" in shown.getvalue()
-    assert "no answer" in shown.getvalue()
-    assert "wait.F c0 m1 dispatch.0" in shown.getvalue()
-    assert "7.5 s" in shown.getvalue()
+    for width in (160, 80):
+        shown = StringIO()
+        Console(file=shown, width=width).print(table(run, targets, answers, width))
+        assert "a: step 12" in shown.getvalue()
+        assert "no answer" in shown.getvalue()
+        (line,) = (line for line in shown.getvalue().splitlines() if "wait.F c0 m1 dispatch.0" in line)
+        assert len(line) <= width
+        place, step = (["0", "1", "1"], ["12"]) if width == 160 else (["0/1/1"], [])
+        doing, took, shares = (
+            ["wait.F", "c0", "m1", "dispatch.0", "7.5", "s"],
+            ["2.00", "s"],
+            "50% 38% 0% 12%",
+        )
+        words = line.replace("│", " ").split()
+        assert words == ["1", "node1", *place, *doing, *step, *took, *shares.split()]
 
 
 def test_a_run_that_serves_nothing_is_explained(tmp_path: Path) -> None:

@@ -20,8 +20,8 @@ from mhc_kernels.seam import ConnectionSpec, Kept
 from mhc_kernels.seam_function import SeamGradients, Update
 
 CHANNELS = 7168
-FAR = {4: 75008, 8: 37504}
-"""Tokens of n streams."""
+FAR = {4: 293 * 256, 8: 147 * 256}
+"""Tokens of n streams: whole smallest splits of tokens, so that the last program has a full one."""
 
 
 @contextmanager
@@ -73,10 +73,9 @@ def test_no_offset_is_cut_to_32_bits(n: int) -> None:
         for name, touched in one.stores.items()
         if touched.size > 2**31 and touched[-1]
     }
-    apply = "backward_apply" if n == 4 else "backward_streams"
-    assert stored == {
+    wider = set() if n == 4 else {("backward_streams", "d_x_ptr"), ("backward_phi", "d_phi_ptr")}
+    assert stored == wider | {
         ("post_project", "out_ptr"),
-        (apply, "d_x_ptr"),
         ("backward_apply", "d_x_ptr"),
         ("post", "out_ptr"),
         ("pre_backward", "d_x_ptr"),
