@@ -60,7 +60,7 @@ def place_best(
     waiting = max(rank.blocked(ActionKind.WAIT) for rank in safest[1].ranks)
     if costs.jitter is None and waiting <= CAUTION * safest[1].makespan and _fits(safest[1], placement):
         return safest
-    ahead = replace(placement, look_ahead=True)
+    ahead = replace(placement, thorough=True)
     safe, plain = (
         candidates(schedule, chunks, costs, replace(ahead, late_counts=late)) for late in (True, False)
     )
@@ -113,7 +113,7 @@ def candidates(
         if joined != groups:
             runs.append(run(joined))
             grouped.append(joined)
-    if placement.look_ahead:
+    if placement.thorough:
         runs += [run(own, RunTimes(*known)) for own, known in zip(grouped, list(runs), strict=True)]
     return runs
 

@@ -38,7 +38,10 @@ class RankPlacer:
         self._costs = costs
         self._placement = placement
         self._chooser = SlotChooser(
-            costs, placement.wire_margin, late_recompute=not placement.prefetch_recompute
+            costs,
+            placement.wire_margin,
+            late_recompute=not placement.prefetch_recompute,
+            thorough=placement.thorough,
         )
         flows = [ChunkFlow(shape) for shape in chunks]
         self._forward = [forward_graph(flow) for flow in flows]

@@ -18,8 +18,9 @@ class Placement:
 
     memory_budget: bytes a rank may hold, static ones included; None for no limit. prefetch_recompute: False
     recomputes right before each use, as others do. merge_slots: also run passes side by side that the
-    schedule does not pair, where a simulated run says that it pays. wire_margin: see WIRE_MARGIN. look_ahead:
-    a pass of the next slot may begin in a gap, where a simulated run says that it pays; takes twice the time.
+    schedule does not pair, where a simulated run says that it pays. wire_margin: see WIRE_MARGIN. thorough:
+    slots are ordered for wires of more speeds, and a pass of the next slot may begin in a gap, where a
+    simulated run says that it pays; takes three times as long.
     late_counts: in pairs, a phase runs between an exchange of token counts and the wait for it. Otherwise
     each is a place where all ranks of an expert group have to be at once; but rows leave a phase later.
     """
@@ -30,4 +31,4 @@ class Placement:
     merge_slots: bool = True
     wire_margin: float = WIRE_MARGIN
     late_counts: bool = False
-    look_ahead: bool = False
+    thorough: bool = False

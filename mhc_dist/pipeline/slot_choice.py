@@ -18,7 +18,8 @@ from mhc_dist.pipeline.placement import CAUTION
 from mhc_dist.pipeline.slot import Slot, Step, Unit
 
 WIRE_FACTORS = (1.0, 1.1, 1.2, 1.35, 1.5, 1.7, 2.0)
-"""Orders are made for wires that take so many times as long as told."""
+"""Orders are made for wires that take so many times as long as told; while planning for the first of these and
+the margin alone, which finds nearly all of it."""
 
 GUEST_GAPS = (0.1, 0.3, 0.6, 1.0, None)
 """Where the next slot's forward may begin: `SlotScheduler`'s guest_gap."""
@@ -38,12 +39,13 @@ class Order:
 class SlotChooser:
     """Orders slots on the wires of `costs`, and on wires `wire_margin` times as slow.
 
-    late_recompute: recomputation stays right before its use.
+    late_recompute: recomputation stays right before its use. thorough: for wires of all speeds.
     """
 
-    def __init__(self, costs: CostTable, wire_margin: float, *, late_recompute: bool) -> None:
+    def __init__(self, costs: CostTable, wire_margin: float, *, late_recompute: bool, thorough: bool) -> None:
         self._costs = costs
-        self._slower = {f: with_slower_wires(costs, f) for f in {1.0, *WIRE_FACTORS, wire_margin}}
+        self._factors = dict.fromkeys((wire_margin, *WIRE_FACTORS[: None if thorough else 1]))
+        self._slower = {f: with_slower_wires(costs, f) for f in {1.0, *self._factors}}
         self._margin = wire_margin
         self._late_recompute = late_recompute
 
@@ -93,8 +95,7 @@ class SlotChooser:
         if len(slot.own) < 2 or slot.ordered:
             yield 1.0, None
             return
-        factors = dict.fromkeys((self._margin, *WIRE_FACTORS))
-        yield from product(factors, GUEST_GAPS if slot.guest is not None else (None,))
+        yield from product(self._factors, GUEST_GAPS if slot.guest is not None else (None,))
 
     def _waits(self, made: SlotScheduler) -> float:
         slot, steps = made.slot, made.steps

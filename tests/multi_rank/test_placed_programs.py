@@ -41,7 +41,7 @@ def slow_link_program(config: RunConfig, placement: Placement | None = None) -> 
 def looking_ahead(config: RunConfig) -> Program:
     """The last of the programs that begin passes in gaps of the slot before: the furthest from the plain."""
     chunks, costs = own_shapes(config).chunks, run_costs(config, slow_machine())
-    program, _ = candidates(schedule_of(config), chunks, costs, Placement(look_ahead=True))[-1]
+    program, _ = candidates(schedule_of(config), chunks, costs, Placement(thorough=True))[-1]
     return program
 
 
@@ -97,7 +97,7 @@ def test_a_pass_that_begins_early_changes_no_bit() -> None:
     """Oracle: the plain lowering, nothing recomputed."""
     config, plain = config_of("dualpipev", "mhc"), config_of("dualpipev", "none")
     chunks, costs = own_shapes(config).chunks, run_costs(config, slow_machine())
-    found = candidates(schedule_of(config), chunks, costs, Placement(look_ahead=True))
+    found = candidates(schedule_of(config), chunks, costs, Placement(thorough=True))
     without, ahead = found[: len(found) // 2], found[len(found) // 2 :]
     assert ahead[-1][0].digest() != without[-1][0].digest()
     check_bits(

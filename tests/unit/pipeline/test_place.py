@@ -77,7 +77,7 @@ def test_placed_programs_are_valid(name: str, wire: float, ranks: tuple[int, ...
         for placement in (
             Placement(),
             Placement(None, False, False),
-            Placement(2500, late_counts=True, look_ahead=True),
+            Placement(2500, late_counts=True, thorough=True),
         ):
             validate(place(schedule, chunks_for(schedule, shape), costs, placement))
 
@@ -293,7 +293,7 @@ def test_what_waits_late_costs_next_to_nothing() -> None:
         best, simulation = place_best(schedule, chunks, costs)
         assert simulation.makespan == Simulation(best, costs).makespan
         others = [
-            place(schedule, chunks, costs, Placement(late_counts=late, look_ahead=ahead))
+            place(schedule, chunks, costs, Placement(late_counts=late, thorough=ahead))
             for late in (False, True)
             for ahead in (False, True)
         ]
@@ -372,7 +372,7 @@ def test_programs_that_look_ahead_are_valid_and_do_the_same(name: str, num_ranks
     looked_ahead = 0
     for wire, late in ((0.4, False), (1.0, True), (3.0, False)):
         costs = costs_for(schedule, shape, wire=wire, counts=wire / 20, recompute=0.25, message=0.1)
-        found = candidates(schedule, chunks, costs, Placement(look_ahead=True, late_counts=late))
+        found = candidates(schedule, chunks, costs, Placement(thorough=True, late_counts=late))
         for program, _ in found[len(found) // 2 :]:
             validate(program)
             looked_ahead += max(map(_most_open, program.actions)) > 2
