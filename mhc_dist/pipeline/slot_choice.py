@@ -18,8 +18,8 @@ from mhc_dist.pipeline.placement import CAUTION
 from mhc_dist.pipeline.slot import Slot, Step, Unit
 
 WIRE_FACTORS = (1.0, 1.1, 1.2, 1.35, 1.5, 1.7, 2.0)
-"""Orders are made for wires that take so many times as long as told; while planning for the first of these and
-the margin alone, which finds nearly all of it."""
+"""Orders are made for wires that take so many times as long as told; while planning, for the first of these
+and the margin alone, which finds nearly all of it."""
 
 GUEST_GAPS = (0.1, 0.3, 0.6, 1.0, None)
 """Where the next slot's forward may begin: `SlotScheduler`'s guest_gap."""
