@@ -326,6 +326,23 @@ def test_the_order_that_waits_least_is_taken(
     assert gain * chosen <= 1.001 * Simulation(place(*case), case[2]).makespan
 
 
+def test_wires_of_all_speeds_find_a_faster_order() -> None:
+    """Oracle: the simulated run of the program that planning finds, with wires of two speeds."""
+    case = bench_case("none", 1.2)
+    planned, thorough = (
+        Simulation(place(*case, Placement(thorough=every)), case[2]).makespan for every in (False, True)
+    )
+    assert 1.01 * thorough < planned
+
+
+def test_looking_ahead_pays() -> None:
+    """Oracle: simulated runs of the same slots, each of which begins when the one before is over."""
+    case = bench_case("mhc", 0.9)
+    seconds = [simulation.makespan for _, simulation in candidates(*case, Placement(thorough=True))]
+    without, ahead = seconds[: len(seconds) // 2], seconds[len(seconds) // 2 :]
+    assert 1.01 * min(ahead) < min(without)
+
+
 def test_a_slot_waits_as_long_as_it_was_judged_to(monkeypatch: pytest.MonkeyPatch) -> None:
     """Oracle: the simulator's time in waits of the whole program."""
     schedule, chunks, costs = bench_case("mhc", 0.8)
