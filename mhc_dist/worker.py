@@ -10,7 +10,7 @@ from typing import NamedTuple
 import torch
 import torch.distributed as dist
 from mhc_kernels.seam import make_backend
-from mhc_kernels.warm_up import MAY_TAKE_SECONDS, may_take_seconds, warm_up, warm_up_tokens
+from mhc_kernels.warm_up import MAY_TAKE_SECONDS, may_take_seconds, variant, warm_up, warm_up_tokens
 from torch import Tensor
 
 from mhc_dist.config import RunConfig
@@ -117,7 +117,7 @@ class Worker:
     @property
     def warm_up_seconds(self) -> float:
         """How long `warm_up` may take; 0 when there is nothing to compile."""
-        limits = [may_take_seconds(connection.backend) for connection in self._connections]
+        limits = [may_take_seconds(block[0].backend) for block in self._blocks]
         if self.device.type == "cuda":
             limits.append(MAY_TAKE_SECONDS["triton"])
         return max(limits, default=0.0)
@@ -130,8 +130,12 @@ class Worker:
         model, data = self.config.model, self.config.data
         num_tokens = data.sequences_per_microbatch * data.sequence_length
         dtype = STREAM_DTYPE[self.config.train.precision]
-        for connection in self._connections[:1]:
-            warm_up(connection.backend, connection.spec, num_tokens, model.hidden_size, dtype, self.device)
+        warm: set[tuple[object, ...]] = set()
+        for connections in self._blocks:
+            block = [connection.seam_parameters() for connection in connections]
+            if (kind := variant(block)) not in warm:
+                warm.add(kind)
+                warm_up(connections[0].backend, block, num_tokens, model.hidden_size, dtype, self.device)
         if self.device.type == "cuda":  # elsewhere rows are moved by torch
             shared = model.num_shared_experts * model.expert_dim
             widths = {dense_width(model), model.expert_dim, shared} - {0}
@@ -142,8 +146,14 @@ class Worker:
         dist.monitored_barrier(group=self.groups.control, timeout=limit)
 
     @property
-    def _connections(self) -> list[ManifoldConnection]:
-        return [module for module in self.stage.modules() if isinstance(module, ManifoldConnection)]
+    def _blocks(self) -> list[list[ManifoldConnection]]:
+        """Connections that have seams to compile, block by block."""
+        blocks = [
+            [connection for connection in block if isinstance(connection, ManifoldConnection)]
+            for chunk in self.stage.by_index.values()
+            for block in chunk.connections_by_block()
+        ]
+        return [block for block in blocks if block]
 
     def microbatches(self, load: Callable[[int, int], Sequences]) -> list[Microbatch]:
         """This data rank's microbatches of a global batch, whose rows `load(first, count)` gives.

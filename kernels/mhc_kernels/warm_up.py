@@ -7,13 +7,13 @@ tells its watchdog `may_take_seconds`.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor
 
 from mhc_kernels import tokens
-from mhc_kernels.spec import Connection, ConnectionSpec, Kept, SeamBackend
+from mhc_kernels.spec import Connection, Kept, SeamBackend
 
 MAY_TAKE_SECONDS = {"compiled": 900.0, "triton": 900.0}
 """Upper bounds, for a busy machine with an empty compiler cache. `compiled` took 5 s on a quiet machine and 2
@@ -27,43 +27,58 @@ def may_take_seconds(backend: SeamBackend) -> float:
 
 def warm_up(
     backend: SeamBackend,
-    spec: ConnectionSpec,
+    block: Sequence[Connection],
     num_tokens: int,
     channels: int,
     dtype: torch.dtype,
     device: torch.device,
 ) -> None:
-    """open, cross, close and collapse, forward and backward, and a recompute block, on streams of ones."""
-    n, m = spec.num_streams, spec.num_coefficients
+    """open, cross, close and collapse, forward and backward, of every connection of a block, and the block's
+    recompute, on streams of ones.
+
+    block: with the run's own parameters, since `variant` tells of them; they get no gradients.
+    """
+    n = block[0].spec.num_streams
 
     def ones(*shape: int, into: torch.dtype = torch.float32) -> Tensor:
         return torch.ones(shape, dtype=into, device=device, requires_grad=True)
 
-    connection = Connection(ones(m, n * channels), ones(3), ones(m), ones(channels), spec)
     x_TNC = ones(num_tokens, n, channels, into=dtype)
-    with torch.enable_grad():
-        first = backend.open(x_TNC, connection)
-        carried = first.pre_TN if spec.shifted_pre else None
-        second = backend.cross(
-            first.streams_TNC, first.h_TC, first.post_TN, first.res_TNN, connection, carried
+    kept = []
+    for connection in block:
+        with torch.enable_grad():
+            first = backend.open(x_TNC, connection)
+            carried = first.pre_TN if connection.spec.shifted_pre else None
+            second = backend.cross(
+                first.streams_TNC, first.h_TC, first.post_TN, first.res_TNN, connection, carried
+            )
+            end_TNC = backend.close(second.streams_TNC, second.h_TC, second.post_TN, second.res_TNN)
+            collapsed_TC = backend.collapse(end_TNC, ones(num_tokens, n))
+            torch.autograd.grad(collapsed_TC.float().sum(), x_TNC)
+        kept.append(
+            Kept(
+                second.pre_TN.detach(),
+                second.rstd_T,
+                connection.gain_C.detach(),
+                second.post_TN.detach(),
+                None if second.res_TNN is None else second.res_TNN.detach(),
+                second.h_TC.detach(),
+            )
         )
-        end_TNC = backend.close(second.streams_TNC, second.h_TC, second.post_TN, second.res_TNN)
-        collapsed_TC = backend.collapse(end_TNC, ones(num_tokens, n))
-        torch.autograd.grad(collapsed_TC.float().sum(), x_TNC)
-    kept = [
-        Kept(
-            seam.pre_TN.detach(),
-            seam.rstd_T,
-            connection.gain_C.detach(),
-            seam.post_TN.detach(),
-            None if seam.res_TNN is None else seam.res_TNN.detach(),
-            seam.h_TC.detach(),
-        )
-        for seam in (first, second)
-    ]
     backend.recompute_block(x_TNC.detach(), kept)
     if device.type == "cuda":
         torch.cuda.synchronize(device)
+
+
+def variant(block: Sequence[Connection]) -> tuple[object, ...]:
+    """Equal for blocks that compile alike: their length, and of every parameter its dtype and whether Triton
+    may take its address for a multiple of 16 bytes. In the flat buffers of an optimizer it may be anywhere.
+    """
+    return tuple(
+        (parameter.dtype, parameter.data_ptr() % 16 == 0)
+        for connection in block
+        for parameter in (connection.phi_MD, connection.alpha_3, connection.bias_M, connection.gain_C)
+    )
 
 
 def warm_up_tokens(

@@ -184,19 +184,19 @@ class ManifoldConnection(SublayerConnection):
         for parameter in (self.phi_MD, self.alpha_3, self.bias_M):
             parameter.keep_fp32 = True  # type: ignore[attr-defined]
 
-    def _parameters_of_seam(self) -> SeamParameters:
+    def seam_parameters(self) -> SeamParameters:
         return SeamParameters(
             self.phi_MD.float(), self.alpha_3.float(), self.bias_M.float(), self.norm_gain, self.spec
         )
 
     def enter(self, streams_TNC: Tensor, pre_TN: Tensor | None = None) -> Entry:
-        seam = self.backend.open(streams_TNC, self._parameters_of_seam(), pre_TN)
+        seam = self.backend.open(streams_TNC, self.seam_parameters(), pre_TN)
         return self._entry(streams_TNC, None, seam, pre_TN)
 
     def cross(self, streams_TNC: Tensor, y_TC: Tensor, mix: Mix) -> Entry:
         assert mix.post_TN is not None
         seam = self.backend.cross(
-            streams_TNC, y_TC, mix.post_TN, mix.res_TNN, self._parameters_of_seam(), mix.pre_TN
+            streams_TNC, y_TC, mix.post_TN, mix.res_TNN, self.seam_parameters(), mix.pre_TN
         )
         return self._entry(streams_TNC, Update(y_TC, mix), seam, mix.pre_TN)
 

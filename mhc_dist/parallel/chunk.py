@@ -16,7 +16,7 @@ and one last phase `finish` takes the last answers to the chunk's output (stream
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -102,6 +102,18 @@ class ModelChunk(nn.Module):
         if self.config.recompute.mode != "mhc":
             return None
         return SeamKeeper(self.backend, self.tape_holder)
+
+    def connections_by_block(self) -> Iterator[list[SublayerConnection]]:
+        """The connections in order, those together whose seams are regenerated at once: an expert layer's and
+        those of dense layers before it. The others, of dense layers at the end, layer by layer.
+        """
+        first = self.place.first_layer
+        experts = expert_layers(self.config, self.place)
+        end = experts[-1] + 1 if experts else first
+        for last in [*experts, *range(end, self.place.last_layer)]:
+            layers = [self._layer(k) for k in range(first, last + 1)]
+            yield [c for layer in layers for c in (layer.attention_connection, layer.feed_forward_connection)]
+            first = last + 1
 
     def _item(self, shape: ItemShape) -> Item:
         kind, _, number = shape.name.partition(".")

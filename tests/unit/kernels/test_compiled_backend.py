@@ -86,11 +86,11 @@ def test_after_warming_up_nothing_compiles() -> None:
     that were announced, with parameters as a model has them."""
     backend = make_backend("compiled")
     spec = ConnectionSpec(num_streams=4)
-    warm_up(backend, spec, 24, 64, torch.bfloat16, torch.device("cpu"))
     inputs = make_inputs(Case(24, 64, spec), torch.bfloat16, sublayers=3)
     for index, connection in enumerate(inputs.connections):
         owned = {name: torch.nn.Parameter(getattr(connection, name)) for name in connection._fields[:4]}
         inputs.connections[index] = connection._replace(**owned)
+    warm_up(backend, inputs.connections, 24, 64, torch.bfloat16, torch.device("cpu"))
     with torch.compiler.set_stance("fail_on_recompile"):
         gradients(backend, inputs)
         with torch.no_grad():
@@ -110,7 +110,8 @@ def test_warming_up_uses_every_operation(shifted_pre: bool) -> None:
 
     backend = FunctionBackend("counting", Counting(), lambda _: None)
     spec = ConnectionSpec(num_streams=4, shifted_pre=shifted_pre)
-    warm_up(backend, spec, 5, 32, torch.float32, torch.device("cpu"))
+    inputs = make_inputs(Case(5, 32, spec), torch.float32, sublayers=2)
+    warm_up(backend, inputs.connections, 5, 32, torch.float32, torch.device("cpu"))
     assert used >= {name for name in dir(CpuOperations) if not name.startswith("_")}
     assert may_take_seconds(backend) == 0.0
     assert may_take_seconds(uncompiled_backend("compiled")) > 60.0
