@@ -19,8 +19,10 @@ class Placement:
     memory_budget: bytes a rank may hold, static ones included; None for no limit. prefetch_recompute: False
     recomputes right before each use, as others do. merge_slots: also run passes side by side that the
     schedule does not pair, where a simulated run says that it pays. wire_margin: see WIRE_MARGIN. thorough:
-    slots are ordered for wires of more speeds, and a pass of the next slot may begin in a gap, where a
-    simulated run says that it pays; takes three times as long.
+    slots are ordered for wires of more speeds, and every program is made once more, so that a pass of the
+    next slot may begin in a gap, where a simulated run says that it pays. Without merge_slots it orders for
+    more speeds alone: to begin a pass in another slot's gap is to merge a part of that slot. It takes several
+    times as long.
     late_counts: in pairs, a phase runs between an exchange of token counts and the wait for it. Otherwise
     each is a place where all ranks of an expert group have to be at once; but rows leave a phase later.
     """
