@@ -97,10 +97,10 @@ def compiled(rank: int, config: RunConfig, gpu: bool) -> tuple[set[Variant], set
     ("precision", "residual", "recompute", "gpu"),
     [
         ("bf16", {}, "mhc", False),
-        ("fp32", {}, "mhc", True),
         ("bf16", {"shifted_pre": True}, "mhc", False),
-        ("bf16", {"kind": "mhc_lite"}, "none", False),
         ("fp32", {"kind": "residual", "num_streams": 1}, "none", True),
+        pytest.param("fp32", {}, "mhc", True, marks=pytest.mark.long),
+        pytest.param("bf16", {"kind": "mhc_lite"}, "none", False, marks=pytest.mark.long),
     ],
 )
 def test_no_kernel_is_compiled_in_a_step(
