@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import chain
 
 from mhc_dist.bench.cell import Cell, Mode, Runner, message_bytes, with_recompute
 from mhc_dist.bench.costs import (
@@ -83,7 +84,7 @@ def settle(
     stages = {mode: cell.stage(own, plain[mode]) for mode, own in configs.items()}
     runners = {mode: cell.runner(stage, plain[mode]) for mode, stage in stages.items()}
     compute, payloads = on_loopback(cell, configs, runners, slow_motion)
-    emulated = link_for(compute[modes[0]], payloads, plain[modes[0]], ratio)
+    emulated = link_for(compute[modes[0]], payloads, plain[modes[0]], ratio, cell.route.waiting)
     link: SlowLink = emulated
     if network is not None:
         link = ShapedLink(8 * emulated.bytes_per_second)
@@ -111,27 +112,28 @@ def calibrated_by(
     cell: Cell, costs: CostTable, steps: Sequence[Sequence[Event]], *, in_delay_mode: bool
 ) -> CostTable:
     """`costs` with what `steps` of this rank and of all others show: seconds of phases (medians; in delay
-    mode they keep their nominal ones), how far phases differ from them, and what starting and ending
-    exchanges takes. Collective.
+    mode they keep their nominal ones), how ranks differ from them, and what starting and ending exchanges
+    takes. Collective.
     """
-    events = traced_events(cell, steps)
-    found = calibrate(costs, events)
-    return replace(
-        costs,
-        phases=costs.phases if in_delay_mode else found.phases,
-        overheads=found.overheads,
-        jitter=jitter_of(costs if in_delay_mode else found, events, cell.config.parallel.expert),
-    )
+    ranks = cell.gather(list(steps))
+    found = calibrate(costs, _events(ranks))
+    if in_delay_mode:
+        found = replace(found, phases=costs.phases)
+    at = cell.topology.rank_of
+    # Of the first expert group; with more of them the others are left out.
+    groups = [
+        [list(chain.from_iterable(ranks[at(p, m)])) for m in range(cell.topology.expert)]
+        for p in range(cell.topology.pipeline)
+    ]
+    return replace(costs, phases=found.phases, overheads=found.overheads, jitter=jitter_of(found, groups))
 
 
-def traced_events(cell: Cell, steps: Sequence[Sequence[Event]]) -> list[TraceEvent]:
-    """Own steps and those of all ranks. Collective.
-
-    Every step of every rank counts as a rank of its own: its actions do not mix with those of another.
+def _events(ranks: Sequence[Sequence[Sequence[Event]]]) -> list[TraceEvent]:
+    """The steps of all ranks. Every step of every rank counts as a rank of its own: its actions do not mix
+    with those of another.
     """
-    timelines = [events for of_rank in cell.gather(list(steps)) for events in of_rank]
     return [
         TraceEvent(number, e.action, e.start, e.end, e.payload_bytes)
-        for number, events in enumerate(timelines)
+        for number, events in enumerate(chain.from_iterable(ranks))
         for e in events
     ]

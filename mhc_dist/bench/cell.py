@@ -32,6 +32,7 @@ from mhc_dist.bench.ended import RankEndedError
 from mhc_dist.bench.linked_group import Route, register
 from mhc_dist.bench.pace import Nominal
 from mhc_dist.bench.routing import Rule, spread_evenly
+from mhc_dist.bench.waiting import waiting_for
 from mhc_dist.config import RunConfig
 from mhc_dist.config_sections import RecomputeConfig
 from mhc_dist.optim.parameter_groups import cast_to_bf16
@@ -143,8 +144,8 @@ class Cell:
         messages. on_network: transfers go through sockets, not through memory.
         """
         torch.set_num_threads(1)
-        route = Route(None if on_network else Path(store).parent)
         world_size = config.num_processes
+        route = Route(None if on_network else Path(store).parent, waiting=waiting_for(world_size))
         dist.init_process_group(
             register(route), init_method=f"file://{store}", rank=rank, world_size=world_size
         )

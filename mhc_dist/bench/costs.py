@@ -13,6 +13,7 @@ from mhc_kernels.seam import make_backend
 from mhc_dist.bench.alone import Nobody, random_microbatches
 from mhc_dist.bench.cell import Mode
 from mhc_dist.bench.routing import Rule, spread_evenly
+from mhc_dist.bench.waiting import Waiting
 from mhc_dist.config import RunConfig
 from mhc_dist.optim.parameter_groups import cast_to_bf16
 from mhc_dist.parallel.emulated_link import EmulatedLink
@@ -149,7 +150,9 @@ class SlowLink(Protocol):
     def seconds(self, payload_bytes: int) -> float: ...
 
 
-def link_for(costs: CostTable, payloads: Payloads, program: Program, ratio: float) -> EmulatedLink:
+def link_for(
+    costs: CostTable, payloads: Payloads, program: Program, ratio: float, waiting: Waiting
+) -> EmulatedLink:
     """A link on which all exchanges of a microbatch take `ratio` of its compute time.
 
     Raises ValueError when their latency alone takes longer.
@@ -161,7 +164,8 @@ def link_for(costs: CostTable, payloads: Payloads, program: Program, ratio: floa
             f"{len(issued)} exchanges of {LATENCY_SECONDS:g} s latency take longer than ratio={ratio:g} times"
             f" the compute of {compute_seconds(costs):.3g} s. Raise --ratio, or widen the model."
         )
-    return EmulatedLink(LATENCY_SECONDS, sum(payloads[key] for key in issued) / seconds)
+    bytes_per_second = sum(payloads[key] for key in issued) / seconds
+    return EmulatedLink(LATENCY_SECONDS, bytes_per_second, sleep=waiting.sleep)
 
 
 def exchanges_seconds(program: Program, payloads: Payloads, link: SlowLink) -> float:

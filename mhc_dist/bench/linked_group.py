@@ -14,7 +14,7 @@ from __future__ import annotations
 import tempfile
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -24,6 +24,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from mhc_dist.bench.mailbox import Mailbox
+from mhc_dist.bench.waiting import Asleep, Waiting
 from mhc_dist.parallel.emulated_link import EmulatedLink
 
 BACKEND = "bench_link"
@@ -35,11 +36,12 @@ class Route:
     """This process's way out, shared by all its groups.
 
     folder: where the ranks of this host share memory; None for the network as it is, through gloo. link: what
-    holds back transfers through memory; None for nothing.
+    holds back transfers through memory; None for nothing. waiting: how ranks wait for such transfers.
     """
 
     folder: Path | None = None
     link: EmulatedLink | None = None
+    waiting: Waiting = field(default_factory=Asleep)
 
 
 @dataclass(frozen=True)
@@ -231,7 +233,7 @@ def register(route: Route) -> str:
             if rank == 0:
                 store.set("folder", tempfile.mkdtemp(dir=route.folder))
             folder = Path(store.get("folder").decode())
-            mailbox = Mailbox(folder, store, rank, size, timeout.total_seconds())
+            mailbox = Mailbox(folder, store, rank, size, timeout.total_seconds(), route.waiting)
         return LinkedGroup(gloo, rank, size, route, mailbox)
 
     dist.Backend.register_backend(BACKEND, create, devices=["cpu"])

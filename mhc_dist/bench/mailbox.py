@@ -10,7 +10,6 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
-import select
 import struct
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +18,8 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+
+from mhc_dist.bench.waiting import Waiting
 
 NOTE = struct.Struct("=Biqiqdd")
 SMALLEST_SLOT = 4096  # bytes; slots are powers of two
@@ -58,12 +59,14 @@ class PeerEndedError(RuntimeError):
 class Mailbox:
     """One rank's end of a group's post. Constructing it is collective."""
 
-    def __init__(self, folder: Path, store: Any, rank: int, size: int, seconds: float) -> None:
+    def __init__(
+        self, folder: Path, store: Any, rank: int, size: int, seconds: float, waiting: Waiting
+    ) -> None:
         """folder: of this group alone, in memory if there is such a place; whoever made it removes it.
 
         store: the group's, to say that this rank is there. seconds: the longest wait for a peer.
         """
-        self._folder, self._rank, self._seconds = folder, rank, seconds
+        self._folder, self._rank, self._seconds, self._waiting = folder, rank, seconds, waiting
         os.mkfifo(folder / f"inbox_{rank}")
         # Open for writing too, so that it never looks closed while nobody else has it open.
         self._inbox = os.open(folder / f"inbox_{rank}", os.O_RDWR | os.O_NONBLOCK)
@@ -147,7 +150,7 @@ class Mailbox:
     def _read_notes(self, seconds: float) -> None:
         """Whatever the pipe holds, after waiting for the first note at most so long."""
         if seconds > 0:
-            select.select([self._inbox], [], [], seconds)
+            self._waiting.for_input(self._inbox, seconds)
         while True:
             try:
                 received = os.read(self._inbox, MAX_NOTES * NOTE.size)

@@ -124,7 +124,10 @@ def measure(rank: int, store: str, config: RunConfig, plan: Plan, result: Path) 
         for name, variant in variants.items()
     }
     known = {
-        mode: calibrated_by(cell, costs[mode], variants[name].steps, in_delay_mode=in_delay_mode)
+        mode: [
+            calibrated_by(cell, costs[mode], [step], in_delay_mode=in_delay_mode)
+            for step in variants[name].steps
+        ]
         for mode, name in PLAIN.items()
     }
     if rank == 0:

@@ -16,28 +16,34 @@ from mhc_dist.pipeline.trace import Event
 TICKS_PER_SECOND = 1e9
 
 
-def predicted_seconds(program: Program, costs: CostTable) -> float:
-    """The step as the simulator runs it."""
-    return Simulation(program, costs).makespan
-
-
-def prediction(program: Program, costs: CostTable, measured: Sequence[float]) -> dict[str, Any]:
-    """Predicted and measured step and their ratio; what is hidden there, and what would be if every phase
-    took its median time on all ranks.
+def compared_steps(predicted: Sequence[float], measured: Sequence[float]) -> dict[str, float]:
+    """Seconds of steps, predicted and measured one by one: medians, and the median of their ratios, which a
+    machine that is faster in one minute than in another does not move.
     """
-    simulation = Simulation(program, costs)
-    predicted, seen = simulation.makespan, median(measured)
-    report = _report(simulation, costs)
-    calm = Simulation(program, replace(costs, jitter=None))
+    ratios = [one / other for one, other in zip(predicted, measured, strict=True)]
     return {
-        "predicted_seconds": predicted,
-        "measured_seconds": seen,
-        "ratio": predicted / seen,
-        "all_to_all_hidden_ratio": report.hidden_ratio(),
-        "exposed_shares": report.exposed_shares(),
-        "recompute_hidden_ratio": report.recompute_hidden_ratio,
-        "all_to_all_hidden_ratio_without_jitter": _report(calm, costs).hidden_ratio(),
-        "seconds_without_jitter": calm.makespan,
+        "predicted_seconds": median(predicted),
+        "measured_seconds": median(measured),
+        "ratio": median(ratios),
+    }
+
+
+def prediction(program: Program, costs: Sequence[CostTable], measured: Sequence[float]) -> dict[str, Any]:
+    """Predicted and measured steps, and what is hidden in the predicted ones; what would be if every phase
+    took its median time on all ranks. costs[i]: at the time of measured[i]. Medians over steps.
+    """
+    steps = [(Simulation(program, at_the_time), at_the_time) for at_the_time in costs]
+    calm = [(Simulation(program, replace(c, jitter=None)), c) for c in costs]
+    reports = [_report(*step) for step in steps]
+    shares = [report.exposed_shares() for report in reports]
+    recompute = [r for report in reports if (r := report.recompute_hidden_ratio) is not None]
+    return {
+        **compared_steps([simulation.makespan for simulation, _ in steps], measured),
+        "all_to_all_hidden_ratio": median(report.hidden_ratio() for report in reports),
+        "exposed_shares": {key: median(of_step[key] for of_step in shares) for key in shares[0]},
+        "recompute_hidden_ratio": median(recompute) if recompute else None,
+        "all_to_all_hidden_ratio_without_jitter": median(_report(*step).hidden_ratio() for step in calm),
+        "seconds_without_jitter": median(simulation.makespan for simulation, _ in calm),
     }
 
 

@@ -1,11 +1,11 @@
 """`mhc-dist bench simulator`: predicted against measured steps, for every schedule and recompute mode.
 
 In each case steps of the plain lowering and of the placed program take turns, on the same ranks and link.
-From the plain ones the simulator predicts the placed ones: from seconds of phases (--ranks 4 and 8, in delay
-mode: measured in one process alone), from how far phases differ from them, from what starting and ending
-exchanges takes. Exchanges and messages are those of the emulated link. So it is told how fast the processors
-were at the time, and nothing of placed steps. The first plain step is also what placement goes by. All
-compute the same gradients, bit for bit.
+From the plain steps before and after it the simulator predicts each placed one: from seconds of phases
+(--ranks 4 and 8, in delay mode: measured in one process alone), from how far phases of each rank differed
+from them, from what starting and ending exchanges takes. Exchanges and messages are those of the emulated
+link. So it is told how fast the processors were at the time, and nothing of placed steps. The first plain
+step is also what placement goes by. All compute the same gradients, bit for bit.
 
 Cases are measured one after the other and kept as they are done, in NAME.unfinished.jsonl beside the result:
 after an end before the last one, --resume goes on. --minutes ends it in time.
@@ -19,9 +19,9 @@ import os
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
-from itertools import product
+from itertools import pairwise, product
 from pathlib import Path
-from statistics import median
+from statistics import fmean
 from time import monotonic
 from typing import Any
 
@@ -36,14 +36,15 @@ from mhc_dist.bench.overrun import Overrun
 from mhc_dist.bench.ranks import add_rank_options, label_of, rank_settings, slow_motion_of
 from mhc_dist.bench.result import conditions
 from mhc_dist.bench.routing import Rule
-from mhc_dist.bench.simulated import predicted_seconds
+from mhc_dist.bench.simulated import compared_steps
 from mhc_dist.bench.unfinished import Row, Unfinished
 from mhc_dist.config import RunConfig
 from mhc_dist.parallel.layout import ChunkPlace
 from mhc_dist.pipeline.action import Program
 from mhc_dist.pipeline.cost import CostTable
 from mhc_dist.pipeline.lower import lower
-from mhc_dist.pipeline.trace import Event, Trace
+from mhc_dist.pipeline.simulate import Simulation
+from mhc_dist.pipeline.trace import Trace
 from mhc_dist.plan.layout import own_shapes, schedule_of
 from mhc_dist.plan.run_costs import placed_program, run_costs
 
@@ -151,7 +152,7 @@ def _prepare(cell: Cell, config: RunConfig, plain: Program, plan: Plan, compute:
     """Choose the link, calibrate, place. Collective."""
     stage = cell.stage(config, plain)
     on_host, payloads = compute.of(config)
-    link = link_for(on_host, payloads, plain, plan.ratio)
+    link = link_for(on_host, payloads, plain, plan.ratio, cell.route.waiting)
     costs = on_link(on_host, payloads, link, message_bytes(config))
     nominal = None if plan.slow_motion is None else costs
     cell.runner(stage, plain).step()  # pays for what is allocated once, as fast as it can
@@ -165,31 +166,31 @@ def _prepare(cell: Cell, config: RunConfig, plain: Program, plan: Plan, compute:
 
 
 def _row(cell: Cell, name: CaseName, case: _Case, plan: Plan) -> Row:
-    """Plain and placed steps in turn, and what the first say of the second. Collective."""
-    plain_steps: list[list[Event]] = []
-    seconds: list[float] = []
-    equality, overrun = Equality(), Overrun()
-    for turn in range(plan.rounds):
-        plain_trace = case.plain.step()[1] if turn else case.first
-        plain_steps.append(plain_trace.events)
+    """Plain and placed steps in turn, and what the plain ones say of the placed one between. Collective."""
+    plain_steps, placed_steps = [case.first.events], []
+    measured: list[float] = []
+    equality = Equality()
+    for _ in range(plan.rounds):
         step_seconds, trace = case.placed.step()
         equality += compared(case.gradients, case.placed.gradients(), "placed")
-        seconds.append(step_seconds)
-        if plan.slow_motion is not None:
-            # Of both: late plain steps make a late prediction.
-            overrun += Overrun.of(plain_trace.events, case.costs) + Overrun.of(trace.events, case.costs)
+        measured.append(step_seconds)
+        placed_steps.append(trace.events)
+        plain_steps.append(case.plain.step()[1].events)
     equality = all_of(cell.gather(equality))
     equality.check()
-    overrun = sum(cell.gather(overrun), Overrun())
-    costs = calibrated_by(cell, case.costs, plain_steps, in_delay_mode=case.plain.in_delay_mode)
-    predicted = cell.made_by_rank_0(lambda: predicted_seconds(case.placed.program, costs))
-    measured = median(seconds)
+    overrun = Overrun()
+    if plan.slow_motion is not None:
+        # Of both: late plain steps make a late prediction.
+        own = sum((Overrun.of(step, case.costs) for step in (*plain_steps, *placed_steps)), Overrun())
+        overrun = sum(cell.gather(own), Overrun())
+    in_delay_mode = case.plain.in_delay_mode
+    known = [calibrated_by(cell, case.costs, [step], in_delay_mode=in_delay_mode) for step in plain_steps]
+    said = cell.made_by_rank_0(lambda: [Simulation(case.placed.program, at).makespan for at in known])
+    predicted = [fmean(around) for around in pairwise(said)]
     return {
         "schedule": name[0],
         "recompute": name[1],
-        "predicted_seconds": predicted,
-        "measured_seconds": measured,
-        "ratio": predicted / measured,
+        **compared_steps(predicted, measured),
         **equality.figures(),
         **(overrun.figures() if plan.slow_motion is not None else {}),
         "time": datetime.now(UTC).isoformat(timespec="seconds"),

@@ -9,12 +9,14 @@ from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import replace
 from statistics import fmean, median
+from typing import Protocol
 
 from mhc_dist.pipeline.action import Action, ActionKind, Pass
 from mhc_dist.pipeline.clock import message_of
 from mhc_dist.pipeline.cost import CostTable, ExchangeCost, Jitter, MessageCost, PhaseCost
 from mhc_dist.pipeline.perfetto import TraceEvent
 from mhc_dist.pipeline.receives import COMPUTE_KINDS
+from mhc_dist.pipeline.tempo import Tempo
 
 BLOCKED_SHARE = 0.05
 """A wait at least this long, in terms of the flight, shows when the flight landed; a shorter one only that it
@@ -29,9 +31,18 @@ THREAD_KINDS = (
 )
 """They take time of the rank's own thread and never wait."""
 
-NUM_FACTORS = 64
-
 Key = tuple[int, str]
+
+
+class Ran(Protocol):
+    """An action that ran, in seconds."""
+
+    @property
+    def action(self) -> Action: ...
+    @property
+    def start(self) -> float: ...
+    @property
+    def end(self) -> float: ...
 
 
 def calibrate(costs: CostTable, events: Sequence[TraceEvent]) -> CostTable:
@@ -53,31 +64,20 @@ def calibrate(costs: CostTable, events: Sequence[TraceEvent]) -> CostTable:
     )
 
 
-def jitter_of(costs: CostTable, events: Sequence[TraceEvent], num_ranks: int) -> Jitter | None:
-    """How phases differ from `costs` in `events`; `num_ranks` of an expert group wait for each other.
-
-    Sorted by their factor, phases are cut into parts of equal cost; each part's mean is a factor. So phases
-    simulated with it take the time altogether that they took. None if `events` hold no phases.
+def jitter_of(costs: CostTable, ranks: Sequence[Sequence[Sequence[Ran]]]) -> Jitter:
+    """How phases differ from `costs` in ranks[p][m], what the members of one expert group of each pipeline
+    rank did in the same steps, in order. ValueError if a rank ran no phase that costs something.
     """
-    seen: list[tuple[float, float]] = []
-    for event in events:
-        if event.lane == "actions" and event.action.kind in COMPUTE_KINDS:
-            cost = costs.seconds(event.action)
-            if cost > 0:
-                seen.append((_seconds(event) / cost, cost))
-    if not seen:
-        return None
-    seen.sort()
-    part = sum(cost for _, cost in seen) / NUM_FACTORS
-    factors: list[float] = []
-    filled = lasted = 0.0
-    for factor, cost in seen:
-        while filled + cost >= part and len(factors) < NUM_FACTORS - 1:
-            factors.append((lasted + factor * (part - filled)) / part)
-            cost -= part - filled
-            filled = lasted = 0.0
-        filled, lasted = filled + cost, lasted + factor * cost
-    return Jitter((*factors, lasted / filled), num_ranks)
+    return Jitter(tuple(tuple(_tempo(costs, member) for member in group) for group in ranks))
+
+
+def _tempo(costs: CostTable, events: Sequence[Ran]) -> Tempo:
+    phases = [event for event in events if event.action.kind in COMPUTE_KINDS]
+    known = [(costs.seconds(event.action), event.end - event.start) for event in phases]
+    pieces = tuple((cost, lasted / cost) for cost, lasted in known if cost > 0)
+    if not pieces:
+        raise ValueError(f"none of {len(phases)} phases costs anything: their tempo says nothing.")
+    return Tempo(pieces)
 
 
 def _seconds(event: TraceEvent) -> float:

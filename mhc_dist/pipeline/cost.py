@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 
 from mhc_dist.pipeline.action import Action, ActionKind, Pass
+from mhc_dist.pipeline.tempo import Tempo
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,13 +67,18 @@ class MessageCost:
 
 @dataclass(frozen=True, slots=True)
 class Jitter:
-    """Phases of real ranks do not all last their cost: `factors` of it are equally likely.
+    """Phases of real ranks do not all last their cost, nor as long on one rank as on another.
 
-    num_ranks: so many of an expert group differ from each other, and wait for each other at exchanges.
+    tempos[p][m]: what phases lasted on member m of an expert group of pipeline rank p; as many members for
+    every p, all watched at the same time.
     """
 
-    factors: tuple[float, ...]
-    num_ranks: int
+    tempos: tuple[tuple[Tempo, ...], ...]
+
+    @property
+    def num_members(self) -> int:
+        """So many ranks of an expert group wait for each other at exchanges."""
+        return len(self.tempos[0])
 
 
 @dataclass(frozen=True)

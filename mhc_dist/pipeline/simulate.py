@@ -5,8 +5,8 @@ flies from its ISSUE, on a lane that carries one thing at a time; a SEND returns
 begins when the receiver has posted; WAIT and ARRIVE block. Standard library only.
 
 All ranks of an expert group run the same actions. Where they have the same costs, one stands for all. Where
-the costs know how phases differ (`Jitter`), several run side by side, each with durations of its own: an
-exchange then lands when the last of them has delivered.
+the costs know how they differ (`Jitter`), they run side by side, each with durations of its own: an exchange
+then lands when the last of them has delivered.
 """
 
 from __future__ import annotations
@@ -14,7 +14,6 @@ from __future__ import annotations
 import heapq
 from collections import defaultdict
 from dataclasses import dataclass, field
-from random import Random
 
 from mhc_dist.pipeline.action import Action, ActionKind, Pass, Program
 from mhc_dist.pipeline.clock import Message, message_of
@@ -22,6 +21,7 @@ from mhc_dist.pipeline.cost import CostTable, bytes_at_end, bytes_at_start
 from mhc_dist.pipeline.errors import InvalidProgram
 from mhc_dist.pipeline.memory import SendBuffers
 from mhc_dist.pipeline.receives import COMPUTE_KINDS
+from mhc_dist.pipeline.tempo import TempoCursor
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,8 +83,7 @@ class _Rank:
     ) -> None:
         self.pipeline_rank, self.member = pipeline_rank, member
         static_bytes = costs.static_bytes[pipeline_rank] if costs.static_bytes else 0
-        # Seeded, so that all processes that simulate a program see the same run.
-        self.random = Random(f"{pipeline_rank} {member}")
+        self.pace = TempoCursor(costs.jitter.tempos[pipeline_rank][member]) if costs.jitter else None
         self.actions = actions
         self.sending = SendBuffers(costs)
         self.position = 0
@@ -111,7 +110,7 @@ class Simulation:
     def __init__(self, program: Program, costs: CostTable) -> None:
         self._program = program
         self._costs = costs
-        self._num_members = costs.jitter.num_ranks if costs.jitter else 1
+        self._num_members = costs.jitter.num_members if costs.jitter else 1
         self._ranks = [
             _Rank(pipeline_rank, member, actions, costs)
             for pipeline_rank, actions in enumerate(program.actions)
@@ -165,10 +164,11 @@ class Simulation:
                 self._issue(rank, action)
             case ActionKind.WAIT:
                 flights = self._flying[_exchange(action)]
-                rank.now = max(start, *(landing for _, landing in flights))
-                starved = max(0.0, min(rank.now, max(issued for issued, _ in flights)) - start)
-                blocked = rank.now - start - starved
-                rank.now += overhead
+                landed = max(start, *(landing for _, landing in flights))
+                starved = max(0.0, min(landed, max(issued for issued, _ in flights)) - start)
+                blocked = landed - start - starved
+                # What a wait costs its thread by itself is over by the time that data land later.
+                rank.now = max(landed, start + overhead)
             case ActionKind.SEND:
                 rank.now += overhead
                 message = (rank.member, message_of(action))
@@ -183,10 +183,10 @@ class Simulation:
                 message = (rank.member, message_of(action))
                 landing = self._landed.pop(message)
                 sent = self._sent.pop(message)[0]
-                rank.now = max(start, landing)
-                starved = max(0.0, min(sent, rank.now) - start)
-                blocked = rank.now - start - starved
-                rank.now += overhead
+                landed = max(start, landing)
+                starved = max(0.0, min(sent, landed) - start)
+                blocked = landed - start - starved
+                rank.now = max(landed, start + overhead)
             case _:
                 rank.now = start + self._seconds(rank, action) + overhead
         rank.hold(rank.now, -bytes_at_end(action, self._costs, training=self._program.training))
@@ -212,9 +212,7 @@ class Simulation:
 
     def _seconds(self, rank: _Rank, action: Action) -> float:
         seconds = self._costs.seconds(action)
-        if self._costs.jitter is None or action.kind not in COMPUTE_KINDS:
-            return seconds
-        return seconds * rank.random.choice(self._costs.jitter.factors)
+        return rank.pace.seconds(seconds) if rank.pace and action.kind in COMPUTE_KINDS else seconds
 
     def _issue(self, rank: _Rank, action: Action) -> None:
         lane = self._costs.lane(action)

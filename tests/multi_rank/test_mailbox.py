@@ -12,6 +12,7 @@ import torch
 import torch.distributed as dist
 
 from mhc_dist.bench.mailbox import Mailbox
+from mhc_dist.bench.waiting import Asleep, Awake
 
 ROWS, MESSAGE = 1, 2
 SIZES = (7, 3000, 200_000)
@@ -20,7 +21,7 @@ SIZES = (7, 3000, 200_000)
 def pair(
     folder: Path, first: Callable[[Mailbox], None], second: Callable[[Mailbox], None], seconds: float = 20.0
 ) -> None:
-    """Run both ends, `first` in this process as rank 0."""
+    """Run both ends, `first` in this process as rank 0. One waits awake, the other one asleep."""
     fork = multiprocessing.get_context("fork")
     peer = fork.Process(target=_end, args=(folder, 1, second, seconds))
     peer.start()
@@ -33,7 +34,8 @@ def pair(
 
 
 def _end(folder: Path, rank: int, run: Callable[[Mailbox], None], seconds: float) -> None:
-    run(Mailbox(folder, dist.FileStore(str(folder / "store"), 2), rank, 2, seconds))
+    waiting = (Awake(), Asleep())[rank]
+    run(Mailbox(folder, dist.FileStore(str(folder / "store"), 2), rank, 2, seconds, waiting))
 
 
 def named(turn: int, number: int, place: int) -> int:
@@ -109,7 +111,7 @@ def test_an_ended_peer_and_full_memory_are_told(tmp_path: Path, monkeypatch: pyt
         target=_end, args=(tmp_path, 1, lambda mailbox: mailbox.put(0, ROWS, 0, torch.ones(3)), 20.0)
     )
     peer.start()
-    mailbox = Mailbox(tmp_path, dist.FileStore(str(tmp_path / "store"), 2), 0, 2, 20.0)
+    mailbox = Mailbox(tmp_path, dist.FileStore(str(tmp_path / "store"), 2), 0, 2, 20.0, Asleep())
     peer.join(20)
     assert peer.exitcode == 0
     got = torch.zeros(3)

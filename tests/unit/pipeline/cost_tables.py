@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from random import Random
+
 from mhc_dist.pipeline.action import ChunkShape
-from mhc_dist.pipeline.cost import CostTable, ExchangeCost, MessageCost, PhaseCost
+from mhc_dist.pipeline.cost import CostTable, ExchangeCost, Jitter, MessageCost, PhaseCost
 from mhc_dist.pipeline.schedules.coarse import CoarseSchedule
+from mhc_dist.pipeline.tempo import Tempo
 
 SECONDS = {"attention": 1.0, "shared": 0.25, "experts": 1.0, "merge": 0.125, "body": 1.0}
 
@@ -47,3 +51,13 @@ def costs_for(
         MessageCost(message, 10),
         static_bytes=(1000,) * schedule.num_ranks,
     )
+
+
+def apart(factors: Sequence[float], num_ranks: int, num_members: int) -> Jitter:
+    """Every quarter of a second's work takes one of `factors` times as long, each member's drawn by itself."""
+    random = Random(0)
+
+    def tempo() -> Tempo:
+        return Tempo(tuple((0.25, random.choice(factors)) for _ in range(400)))
+
+    return Jitter(tuple(tuple(tempo() for _ in range(num_members)) for _ in range(num_ranks)))

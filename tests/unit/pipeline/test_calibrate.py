@@ -5,13 +5,12 @@ from __future__ import annotations
 import json
 from dataclasses import replace
 from pathlib import Path
-from statistics import fmean, median
 
 import pytest
 
 from mhc_dist.pipeline.action import ActionKind
 from mhc_dist.pipeline.calibrate import calibrate, jitter_of
-from mhc_dist.pipeline.cost import CostTable, Jitter
+from mhc_dist.pipeline.cost import CostTable
 from mhc_dist.pipeline.demonstration import Shown
 from mhc_dist.pipeline.lower import lower
 from mhc_dist.pipeline.perfetto import read_events, simulated_events, write_perfetto
@@ -19,7 +18,7 @@ from mhc_dist.pipeline.place import place
 from mhc_dist.pipeline.schedules.registry import make_schedule
 from mhc_dist.pipeline.simulate import Simulation
 from tests.unit.pipeline.chunk_shapes import chunks_for
-from tests.unit.pipeline.cost_tables import costs_for
+from tests.unit.pipeline.cost_tables import apart, costs_for
 from tests.unit.pipeline.test_place import recomputing_chunk
 
 
@@ -118,20 +117,25 @@ def test_refuses_what_is_not_a_trace_of_this_run(tmp_path: Path) -> None:
 
 
 def test_gives_back_how_phases_differ() -> None:
-    """Oracle: the factors that two simulated ranks ran with; their mean to the last event."""
+    """Oracle: simulated ranks whose tempos are known: two of each pipeline rank, which differ. From their
+    timelines the same step comes out again, and the one of another program to a hundredth; had the members'
+    tempos been mixed up or averaged, they would not wait for each other as they do.
+    """
     schedule, shape = make_schedule("dualpipev", 2, 16), recomputing_chunk()
-    plain = costs_for(schedule, shape, wire=0.5, recompute=0.25, message=0.125)
+    calm = costs_for(schedule, shape, wire=0.5, recompute=0.25, message=0.125)
     program = lower(schedule, chunks_for(schedule, shape))
-    shaken = replace(plain, jitter=Jitter((0.5, 1.0, 1.0, 3.5), 2))
-    events = simulated_events(Shown(program, Simulation(program, shaken), "second"))
-    found = jitter_of(plain, events, 2)
-    assert found is not None
-    assert found.num_ranks == 2
-    factors = sorted(round(factor, 6) for factor in found.factors)
-    assert factors[0] == 0.5
-    assert factors[-1] == 3.5
-    assert median(factors) == 1.0
-    phases = [e for e in events if e.lane == "actions" and plain.seconds(e.action) > 0]
-    lasted, cost = sum(e.end - e.start for e in phases), sum(plain.seconds(e.action) for e in phases)
-    assert fmean(found.factors) == pytest.approx(lasted / cost)
-    assert jitter_of(plain, [], 2) is None
+    truth = replace(calm, jitter=apart((0.5, 1.0, 1.0, 3.5), 2, 2))
+    real = Simulation(program, truth)
+    timelines = [rank.actions for rank in real.ranks]
+    found = replace(calm, jitter=jitter_of(calm, (timelines[:2], timelines[2:])))
+    again = Simulation(program, found)
+    assert again.makespan == pytest.approx(real.makespan)
+    for one, other in zip(again.ranks, real.ranks, strict=True):
+        assert one.seconds == pytest.approx(other.seconds)
+        assert one.blocked(ActionKind.WAIT) == pytest.approx(other.blocked(ActionKind.WAIT))
+    placed = place(schedule, chunks_for(schedule, shape), calm)
+    predicted = Simulation(placed, found).makespan
+    assert predicted == pytest.approx(Simulation(placed, truth).makespan, rel=0.01)
+    assert predicted > 1.1 * Simulation(placed, calm).makespan
+    with pytest.raises(ValueError, match="none of 0 phases costs anything"):
+        jitter_of(calm, ([timelines[0], []],))

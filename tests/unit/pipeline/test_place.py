@@ -11,7 +11,7 @@ import pytest
 from mhc_dist.config import load_config
 from mhc_dist.pipeline import place_rank, slot_choice
 from mhc_dist.pipeline.action import Action, ActionKind, ChunkShape, Layout, Program
-from mhc_dist.pipeline.cost import CostTable, Jitter, with_slower_wires
+from mhc_dist.pipeline.cost import CostTable, with_slower_wires
 from mhc_dist.pipeline.lower import lower, ops_of
 from mhc_dist.pipeline.merge_slots import Group
 from mhc_dist.pipeline.place import TIE, assemble, candidates, place, place_best
@@ -30,7 +30,7 @@ from mhc_dist.plan.layout import own_shapes, schedule_of
 from mhc_dist.plan.machine import Machine
 from mhc_dist.plan.run_costs import run_costs
 from tests.unit.pipeline.chunk_shapes import chunks_for, dense_chunk, experts_chunk
-from tests.unit.pipeline.cost_tables import costs_for
+from tests.unit.pipeline.cost_tables import apart, costs_for
 
 BENCH = Path(__file__).parents[3] / "configs" / "bench.yaml"
 
@@ -448,7 +448,7 @@ def test_counts_are_awaited_a_phase_later() -> None:
     at_once, later = (place(schedule, chunks, costs, Placement(late_counts=late)) for late in (False, True))
     validate(later)
     assert _lone_counts(later) < 0.25 * _lone_counts(at_once)
-    jittery = replace(costs, jitter=Jitter((0.8, 0.9, 1.0, 1.0, 1.0, 1.1, 1.2, 2.0), 2))
+    jittery = replace(costs, jitter=apart((0.8, 0.9, 1.0, 1.0, 1.0, 1.1, 1.2, 2.0), 1, 2))
     # Passes of fill and drain run alone: there is no phase to put in between.
     assert _counts_waits(later, jittery) < 0.6 * _counts_waits(at_once, jittery)
     best, _ = place_best(schedule, chunks, jittery)

@@ -13,9 +13,10 @@ from mhc_dist.pipeline.lower import lower, lower_evaluation
 from mhc_dist.pipeline.schedules.registry import SCHEDULES, make_schedule
 from mhc_dist.pipeline.simulate import Simulation
 from mhc_dist.pipeline.summary import summarize
+from mhc_dist.pipeline.tempo import Tempo
 from mhc_dist.pipeline.unit_costs import UnitCosts, run_unit_costs
 from tests.unit.pipeline.chunk_shapes import chunks_for, dense_chunk, experts_chunk
-from tests.unit.pipeline.cost_tables import costs_for
+from tests.unit.pipeline.cost_tables import apart, costs_for
 
 
 @pytest.mark.parametrize("name", sorted(SCHEDULES))
@@ -115,15 +116,15 @@ def test_a_stuck_program_is_an_error() -> None:
 
 def test_members_of_a_group_wait_for_each_other() -> None:
     """Oracle: by hand. Two ranks whose phases all last twice their cost: twice the compute, the same wires;
-    with factors that differ, an exchange lands for both when the later one's data do.
+    with tempos that differ, an exchange lands for all when the latest one's data do.
     """
     schedule, shape = make_schedule("1f1b", 1, 1), experts_chunk()
     calm = costs_for(schedule, shape, wire=0.75)
     program = lower_evaluation((0,), (shape,), 1)
-    twice = Simulation(program, replace(calm, jitter=Jitter((2.0,), 2)))
+    twice = Simulation(program, replace(calm, jitter=Jitter(((Tempo(((1.0, 2.0),)),) * 2,))))
     # dispatch behind the shared experts (0.25), now 0.5 of its 0.75; combine behind nothing
     assert [rank.seconds for rank in twice.ranks] == [2 * (1.0 + 0.25 + 1.0 + 0.125) + 0.25 + 0.75] * 2
-    uneven = Simulation(program, replace(calm, jitter=Jitter((1.0, 1.5, 4.0), 3)))
+    uneven = Simulation(program, replace(calm, jitter=apart((1.0, 1.5, 4.0), 1, 3)))
     late = 0
     for item in ("count0", "dispatch0", "combine0"):
         issued, landed, waited = [], [], []
@@ -138,5 +139,44 @@ def test_members_of_a_group_wait_for_each_other() -> None:
             assert wait.end == max(wait.start, *landed)
             assert wait.starved == pytest.approx(max(0.0, min(wait.end, max(issued)) - wait.start))
     assert late
-    again = Simulation(program, replace(calm, jitter=Jitter((1.0, 1.5, 4.0), 3)))
-    assert again.makespan == uneven.makespan
+
+
+def test_ranks_that_are_slow_at_the_same_time_do_not_wait_for_each_other() -> None:
+    """Oracle: the same tempos, on one member started over half-way: as much work at each speed, so without
+    exchanges every rank would be as long at it; but now ranks starve at exchanges.
+    """
+    schedule, shape = make_schedule("1f1b", 1, 8), experts_chunk()
+    program = lower(schedule, (shape,))
+    calm = costs_for(schedule, shape, wire=0.5)
+    pieces = tuple((0.5, factor) for factor in (1.0, 1.0, 3.0, 1.0) * 4)
+    slow_together = Tempo(pieces)
+    shifted = Tempo(pieces[2:] + pieces[:2])
+    together, uneven = (
+        Simulation(program, replace(calm, jitter=Jitter((tempos,))))
+        for tempos in ((slow_together, slow_together), (slow_together, shifted))
+    )
+
+    def starved(simulation: Simulation) -> float:
+        return sum(action.starved for rank in simulation.ranks for action in rank.actions)
+
+    assert starved(together) == 0.0
+    assert starved(uneven) > 0.1 * uneven.makespan
+    assert uneven.makespan > 1.05 * together.makespan
+
+
+def test_a_wait_costs_its_thread_nothing_more_where_it_blocks() -> None:
+    """Oracle: by hand. Ending an exchange takes 0.125 by itself: that lengthens waits that find everything
+    there, and none that wait for longer.
+    """
+    schedule, shape = make_schedule("1f1b", 1, 1), experts_chunk()
+    program = lower_evaluation((0,), (shape,), 1)
+
+    def waits(wire: float) -> dict[str, float]:
+        costs = replace(costs_for(schedule, shape, wire=wire), overheads={ActionKind.WAIT: 0.125})
+        (rank,) = Simulation(program, costs).ranks
+        return {a.action.item: a.end - a.start for a in rank.actions if a.action.kind is ActionKind.WAIT}
+
+    # The shared experts' 0.25 lie under the dispatch, nothing under the combine.
+    assert waits(0.75) == pytest.approx({"count0": 0.125, "dispatch0": 0.5, "combine0": 0.75})
+    assert waits(0.25) == pytest.approx({"count0": 0.125, "dispatch0": 0.125, "combine0": 0.25})
+    assert waits(0.0625) == pytest.approx({"count0": 0.125, "dispatch0": 0.125, "combine0": 0.125})
