@@ -54,7 +54,7 @@ def costs_for(
 
 
 def apart(factors: Sequence[float], num_ranks: int, num_members: int) -> Jitter:
-    """Every quarter of a second's work takes one of `factors` times as long, each member's drawn by itself."""
+    """Every quarter of a second's work takes one of `factors` times as long, drawn member by member."""
     random = Random(0)
 
     def tempo() -> Tempo:
