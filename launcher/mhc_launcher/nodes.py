@@ -94,7 +94,7 @@ def _train_from_here(config: RunConfig, options: StartOptions, trainer: str) -> 
         if moved := run_folder.prepare(config, options.resume):
             print(f"An earlier run is kept in {moved}.", flush=True)
         files = _write_files(config, options, nodes, mark)
-        failure, summary = config.folder / run_folder.FAILURE_FILE, config.folder / run_folder.SUMMARY_FILE
+        summary = config.folder / run_folder.SUMMARY_FILE
 
         def ask_elsewhere(number: signal.Signals) -> bool:
             return _ask_elsewhere(options, nodes, mark, trainer, number)
@@ -106,7 +106,7 @@ def _train_from_here(config: RunConfig, options: StartOptions, trainer: str) -> 
                 lambda command: _takes_stop(options.launcher, command, trainer),
                 ask_elsewhere=ask_elsewhere if over_ssh else None,
                 # A complete run ends by itself; a failed one may wait for a node that is gone.
-                is_over=failure.exists,
+                is_over=lambda: run_folder.read_failure(config.folder) is not None,
                 stop_seconds=config.checkpoint.stop_seconds + STOP_MARGIN_SECONDS,
             )
             if over_ssh and not summary.exists():

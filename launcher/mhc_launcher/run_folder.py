@@ -100,9 +100,11 @@ def read_summary(folder: Path) -> dict[str, Any] | None:
 
 
 def read_failure(folder: Path) -> Failure | None:
-    """What the first rank to fail wrote, if it had the chance."""
-    path = folder / FAILURE_FILE
-    return Failure(**json.loads(path.read_text())) if path.exists() else None
+    """What the first rank to fail wrote, if it had the chance: one that was killed while writing had none."""
+    try:
+        return Failure(**json.loads((folder / FAILURE_FILE).read_text()))
+    except (FileNotFoundError, json.JSONDecodeError):
+        return None
 
 
 def _make_folder(folder: Path) -> None:

@@ -26,6 +26,9 @@ from mhc_dist.checkpoint.state import Fragments, RankState
 from mhc_dist.checkpoint.storage import FolderWriter
 from mhc_dist.config import RunConfig
 
+MOST_NAMED = 3
+"""Ranks whose reasons are told when a save failed."""
+
 OVERDUE_SECONDS = 1.0
 """Once a save is late, the watchdog gets this long to end the run with a dump."""
 
@@ -180,12 +183,14 @@ class Saver:
 
     def _give_up(self, step: int, error: CheckpointException) -> str:
         """What kept a checkpoint from being committed; raises what is no fault of the disk."""
-        reasons = []
-        for rank, (cause, _) in sorted(error.failures.items()):
-            if not isinstance(cause, (OSError, CheckpointError)):
-                # torch's own is no Exception, and nobody would catch it.
-                raise RuntimeError(str(error)) from error
-            reasons.append(f"rank {rank}: {cause}")
+        failures = sorted(error.failures.items())
+        if not all(isinstance(cause, (OSError, CheckpointError)) for _, (cause, _) in failures):
+            # torch's own is no Exception, and nobody would catch it.
+            raise RuntimeError(str(error)) from error
+        reasons = [f"rank {rank}: {cause}" for rank, (cause, _) in failures[:MOST_NAMED]]
+        if len(failures) > MOST_NAMED:
+            # A disk is full for all: hundreds of ranks would say so in one line.
+            reasons.append(f"and {len(failures) - MOST_NAMED} more ranks")
         if self._rank == 0:
             folder = step_folder(self._checkpoints, step)
             # The space it took may be what the next attempt lacks.

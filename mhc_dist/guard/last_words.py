@@ -8,6 +8,7 @@ without a common file system, or when something else started it.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import sys
@@ -35,13 +36,20 @@ class LastWords:
 
         said: the message is on stderr already.
         """
+        content = json.dumps({"rank": self.rank, "exit_code": int(code), "message": message})
+        path, is_told = self.folder / FAILURE_FILE, said or REPORTED in self.environ
         try:
-            with (self.folder / FAILURE_FILE).open("x") as file:
-                json.dump({"rank": self.rank, "exit_code": int(code), "message": message}, file)
+            with path.open("x") as file:
+                file.write(content)
         except FileExistsError:
             return int(code)
-        except OSError:
+        except FileNotFoundError:
             pass  # no folder of the run on this node: the line below is all there is
-        if not said and REPORTED not in self.environ:
+        except OSError:
+            # A full disk: nobody may take an empty file for the end of another.
+            is_told = said
+            with contextlib.suppress(OSError):
+                path.unlink()
+        if not is_told:
             print(f"[rank {self.rank}] {message.rstrip('.')}.", file=sys.stderr, flush=True)
         return int(code)

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from mhc_dist.observe import whole_lines
 from mhc_dist.observe.metrics import CommOp, RankStep
 from mhc_dist.pipeline.trace import StepPhase
 
@@ -30,21 +31,20 @@ class RankLog:
         self._path = folder / f"rank_{rank}.jsonl"
         self._stage = stage
         kept = [line for line in _lines(self._path) if line["step"] <= first_step]
-        self._path.write_text("".join(json.dumps(line) + "\n" for line in kept), encoding="utf-8")
+        whole_lines.replace(self._path, "".join(json.dumps(line) + "\n" for line in kept))
         self._sum = _Sum()
 
     def step(self, step: int, figures: RankStep) -> None:
         """Step `step` (counted from 1) is done."""
         self._sum.add(step, figures)
-        if self._sum.num_steps == STEPS_PER_LINE:
+        if self._sum.num_steps % STEPS_PER_LINE == 0:
             self.flush()
 
     def flush(self) -> None:
-        """Write what has added up, if anything."""
+        """Write what has added up, if anything. Raises OSError, and goes on adding, where it cannot."""
         if self._sum.num_steps:
             line = {"stage": self._stage, **self._sum.line()}
-            with self._path.open("a", encoding="utf-8") as file:
-                file.write(json.dumps(line) + "\n")
+            whole_lines.append_to(self._path, json.dumps(line) + "\n")
         self._sum = _Sum()
 
 

@@ -5,14 +5,16 @@ from __future__ import annotations
 import json
 import os
 import socket
+import sys
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterable
 from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import partial
 from operator import mul
 from types import TracebackType
-from typing import Self
+from typing import Self, TypeVar
 
 import torch
 
@@ -37,6 +39,8 @@ from mhc_dist.pipeline.trace import StepPhase, Trace
 from mhc_dist.topology import Topology
 
 SUMMARY_FILE = "summary.json"
+
+Written = TypeVar("Written")
 
 
 @dataclass(frozen=True)
@@ -118,9 +122,11 @@ class RunReporter:
         self._started = self._accounted_until = time.perf_counter()
         self._stopped_seconds = 0.0
         self._num_nonfinite = self._num_spikes = self._num_rollbacks = 0
+        self._last_step = first_step
+        self._record_lost = False
 
     def __enter__(self) -> Self:
-        self._open.callback(lambda: self._rank_log.flush())
+        self._open.callback(lambda: self._kept(self._rank_log.flush))
         if port := self._config.observe.metrics_port:
             exporter = start_exporter(
                 self._metrics.registry,
@@ -163,13 +169,14 @@ class RunReporter:
     ) -> None:
         if self._is_first_rank:
             # After an error nobody else will write any more.
-            for sentence in self._traces.merge() if error is None else self._traces.merge(0.0):
+            merge = self._traces.merge if error is None else partial(self._traces.merge, 0.0)
+            for sentence in self._kept(merge) or ():
                 self.announce(sentence)
         self._open.close()
 
     def trace(self, figures: StepFigures) -> None:
         """Write this rank's trace of the step if it was asked for; before the ranks meet again."""
-        self._traces.write(figures.step, figures.trace, figures.num_tokens)
+        self._kept(lambda: self._traces.write(figures.step, figures.trace, figures.num_tokens))
 
     def announce(self, text: str) -> None:
         """Print on rank 0."""
@@ -214,10 +221,11 @@ class RunReporter:
 
     def step(self, figures: StepFigures, validation_loss: float | None = None) -> None:
         """A training step, and the validation after it if there was one, is done: one record in the log."""
+        self._last_step = figures.step
         rank_step = _rank_step(figures, memory_use(self._device))
         self._account(figures.seconds)
         self._metrics.record_rank_step(rank_step)
-        self._rank_log.step(figures.step, rank_step)
+        self._kept(lambda: self._rank_log.step(figures.step, rank_step))
         self._status.step_done(figures.step, figures.seconds, rank_step.phase_seconds)
         if self._metrics.stage is not None and figures.load_max_to_mean_ratio is not None:
             self._metrics.stage.record_load(figures.load_max_to_mean_ratio)
@@ -245,7 +253,7 @@ class RunReporter:
         if validation_loss is not None:
             record["validation_loss"] = validation_loss
             self._progress.validation(figures.step, validation_loss)
-        self._log.append(record)
+        self._kept(partial(self._log.append, record))
 
     def finish(self, bigram_loss: float) -> None:
         """The run is complete: picture and summary. The summary is written last; it proves success.
@@ -263,13 +271,13 @@ class RunReporter:
                 f"{folder} has no step of its own: the checkpoint it was resumed from is of the last one,"
                 f" train.steps={self._config.train.steps}. Raise train.steps."
             )
-        plot_loss(folder, self._config.train.name, bigram_loss)
+        self._kept(lambda: plot_loss(folder, self._config.train.name, bigram_loss))
         seconds = [_number(record, "step_seconds") for record in records]
         speeds = [_number(record, "tokens_per_second") for record in records]
         validations = [record["validation_loss"] for record in records if "validation_loss" in record]
         summary = {
             "run": self._config.train.name,
-            "steps": records[-1]["step"],
+            "steps": self._last_step,
             "train_loss": records[-1]["loss"],
             "validation_loss": validations[-1] if validations else None,
             "bigram_loss": bigram_loss,
@@ -287,6 +295,20 @@ class RunReporter:
             file.flush()
             os.fsync(file.fileno())
         unfinished.replace(folder / SUMMARY_FILE)
+
+    def _kept(self, write: Callable[[], Written]) -> Written | None:
+        """Write a record. A full disk costs that one, not the run; once on every host somebody is told."""
+        try:
+            return write()
+        except OSError as error:
+            if not self._record_lost and (self._is_first_rank or self._local_rank == 0):
+                told = f"WARNING: a record of the run is lost: {error}. It goes on, and writes what it can."
+                if self._is_first_rank:
+                    self.announce(told)
+                else:
+                    print(f"[rank {self._rank}] {told}", file=sys.stderr, flush=True)
+            self._record_lost = True
+            return None
 
     def _account(self, step_seconds: float) -> None:
         """Count what lay between the last step and this one, validation above all, as `other`.
@@ -307,7 +329,7 @@ class RunReporter:
             row_residual=stability.residual.rows,
             column_residual=stability.residual.columns,
         )
-        self._stability_log.write(step, stability)
+        self._kept(partial(self._stability_log.write, step, stability))
 
     def _skipped(self, figures: StepFigures) -> None:
         self._num_nonfinite += 1

@@ -13,6 +13,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import Self
 
+from mhc_dist.observe import whole_lines
+
 LOG_FILE = "metrics.jsonl"
 
 Scalar = float | int | str | bool | None
@@ -24,7 +26,7 @@ class RunLog:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self._file = path.open("a", encoding="utf-8")
+        self._file = path.open("ab", buffering=0)
 
     @classmethod
     def create(cls, folder: Path) -> Self:
@@ -48,15 +50,15 @@ class RunLog:
         path = folder / LOG_FILE
         if path.exists():
             records = [record for record in read_log(folder) if _step(record) <= last_step]
-            shorter = path.with_suffix(".tmp")
-            shorter.write_text("".join(_line(record) for record in records), encoding="utf-8")
-            shorter.replace(path)
+            whole_lines.replace(path, "".join(_line(record) for record in records))
         return cls(path)
 
     def append(self, record: Mapping[str, Scalar]) -> None:
-        """Write one line and hand it to the operating system, so that it survives this process."""
-        self._file.write(_line(record))
-        self._file.flush()
+        """Write one line and hand it to the operating system, so that it survives this process.
+
+        Raises OSError, and leaves the log as it was, where that cannot be done.
+        """
+        whole_lines.append(self._file, _line(record))
 
     def close(self) -> None:
         self._file.close()

@@ -20,6 +20,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from mhc_dist.observe import whole_lines
+
 if TYPE_CHECKING:
     from mhc_dist.observe.stability import StageFigures
 
@@ -35,13 +37,12 @@ class StabilityLog:
         self._path, self._stage = run / FOLDER / f"stage_{stage}.jsonl", stage
         if self._path.exists():
             kept = [line for line in _lines(self._path) if line["step"] <= last_step]
-            self._path.write_text("".join(json.dumps(line) + "\n" for line in kept))
+            whole_lines.replace(self._path, "".join(json.dumps(line) + "\n" for line in kept))
 
     def write(self, step: int, figures: StageFigures) -> None:
         self._path.parent.mkdir(parents=True, exist_ok=True)
-        with self._path.open("a", encoding="utf-8") as file:
-            for line in stage_lines(step, self._stage, figures):
-                file.write(json.dumps(line) + "\n")
+        lines = stage_lines(step, self._stage, figures)
+        whole_lines.append_to(self._path, "".join(json.dumps(line) + "\n" for line in lines))
 
 
 def stage_lines(step: int, stage: int, figures: StageFigures) -> list[dict[str, Any]]:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import os
+import resource
 import signal
 import time
 from collections.abc import Callable, Sequence
@@ -206,3 +207,20 @@ def test_starting_over_a_run_with_checkpoints_is_refused(whole: RunConfig) -> No
     message = json.loads((whole.folder / "failure.json").read_text())["message"]
     assert f"has checkpoints of an earlier run, up to step {STEPS}" in message
     (whole.folder / "failure.json").unlink()
+
+
+def test_a_run_goes_on_without_the_records_that_do_not_fit(tmp_path: Path, corpus: Path) -> None:
+    """Oracle: a run that has room. The kernel's limit on the size of a file stands for a full disk."""
+    config = guarded_config(tmp_path, corpus, checkpoint={"mode": "none"})
+
+    def leave_little_room(rank: int) -> None:
+        # Enough for the summary and for the first steps.
+        resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000))
+
+    run = ForkedRun(config, prepare=leave_little_room)
+    # Its own output is no record: it grows beyond the limit where ranks share the file.
+    codes = run.wait()
+    assert codes == [0, 0], run.output.read_text()
+    assert run.output.read_text().count("a record of the run is lost") == 1
+    assert summary(config)["steps"] == STEPS
+    assert 0 < len(losses(config)) < STEPS

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import io
 import json
 import os
 from pathlib import Path
@@ -9,7 +11,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from mhc_launcher import interfaces, mpi, nodes, rank
+from mhc_launcher import interfaces, mpi, nodes, rank, run_folder
 from mhc_launcher.forwarded import read_variables, user_variables, write_variables
 from mhc_launcher.hostfile import Host, check_slots, read_hostfile, write_hostfile
 from mhc_launcher.interfaces import network_settings
@@ -146,6 +148,28 @@ def test_the_first_rank_to_fail_leaves_the_word(tmp_path: Path, capsys: pytest.C
     assert capsys.readouterr().err == ""
     LastWords(elsewhere, 1, {}).leave(ExitCode.ERROR, "x")
     assert capsys.readouterr().err == "[rank 1] x.\n"
+
+
+def test_last_words_that_do_not_fit_on_the_disk_are_said(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Oracle: the message; an empty file would be taken for the word of the first, and be unreadable."""
+
+    class Full(io.StringIO):
+        def write(self, text: str) -> int:
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+    def opened(path: Path, mode: str = "r") -> io.StringIO:
+        path.touch()
+        return Full()
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Path, "open", opened)
+        LastWords(tmp_path, 3, {REPORTED: "1"}).leave(ExitCode.ERROR, "x")
+    assert capsys.readouterr().err == "[rank 3] x.\n"
+    assert list(tmp_path.iterdir()) == []
+    (tmp_path / FAILURE_FILE).write_text("")
+    assert run_folder.read_failure(tmp_path) is None
 
 
 def test_ranks_on_gpus_start_with_what_cuda_reads(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
