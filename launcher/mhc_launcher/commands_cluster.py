@@ -45,6 +45,10 @@ def k8s_render(
     shared_memory: Annotated[str, typer.Option(help="Size of /dev/shm.")] = "16Gi",
     memory: Annotated[str, typer.Option(help="Memory of a pod.")] = "64Gi",
     cpus: Annotated[int, typer.Option(help="CPU cores of a pod.")] = 8,
+    resources: Annotated[
+        list[str] | None,
+        typer.Option("--resource", metavar="NAME=COUNT", help="More devices of a pod: rdma/ib=8, say."),
+    ] = None,
     overrides: Overrides = None,
     output: Annotated[Path | None, typer.Option(help="Write here instead of stdout.")] = None,
 ) -> None:
@@ -63,6 +67,7 @@ def k8s_render(
         shared_memory=shared_memory,
         memory=memory,
         cpus=cpus,
+        resources=resources or (),
     )
     _write(render(wanted, _command()), output)
 

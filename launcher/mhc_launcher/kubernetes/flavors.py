@@ -6,6 +6,9 @@ from mhc_launcher.kubernetes.pod import container, pod_spec, train_arguments
 from mhc_launcher.kubernetes.request import SSH_PORT, Flavor, Manifest, Request
 from mhc_launcher.kubernetes.shared import config_map, network_policy, pod_monitor, service
 
+MAX_RESTARTS = 10
+"""Of all pods of a run. A crash that comes back every time ends the job after so many."""
+
 
 def manifests(request: Request) -> list[Manifest]:
     """All manifests of a run, in the order in which they are to be applied."""
@@ -43,7 +46,8 @@ def _indexed_job(request: Request) -> Manifest:
             "parallelism": request.nodes,
             # A run lives and dies as a whole: one failed pod ends the job, and a new job resumes it.
             "backoffLimit": 0,
-            # A pod that was evicted or whose node was drained is no failure of the run: it is begun again.
+            # A pod that was evicted or whose node was drained is no failure, and is begun again. Where there are
+            # others, they have ended by then, and that is one: it takes a new job, or a JobSet.
             "podFailurePolicy": {
                 "rules": [
                     {
@@ -71,6 +75,8 @@ def _training_runtime(request: Request) -> Manifest:
             "template": {
                 "spec": {
                     "network": {"publishNotReadyAddresses": True},
+                    # All pods anew, whichever failed or was evicted: they resume from the last checkpoint.
+                    "failurePolicy": {"maxRestarts": MAX_RESTARTS},
                     "replicatedJobs": [
                         {
                             "name": "node",

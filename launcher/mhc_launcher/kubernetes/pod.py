@@ -25,6 +25,11 @@ def container(request: Request, arguments: Sequence[str], environment: Sequence[
     resources = {"cpu": str(request.cpus), "memory": request.memory}
     if request.gpus_per_node:
         resources["nvidia.com/gpu"] = str(request.gpus_per_node)
+    resources |= {name: str(count) for name, count in request.devices.items()}
+    capabilities: Manifest = {"drop": ["ALL"]}
+    if request.devices:
+        # A network card reads and writes memory by itself: pages that it knows must stay where they are.
+        capabilities["add"] = ["IPC_LOCK"]
     made: Manifest = {
         "name": "trainer",
         "image": request.image,
@@ -37,7 +42,7 @@ def container(request: Request, arguments: Sequence[str], environment: Sequence[
         "resources": {"requests": dict(resources), "limits": dict(resources)},
         "securityContext": {
             "allowPrivilegeEscalation": False,
-            "capabilities": {"drop": ["ALL"]},
+            "capabilities": capabilities,
             "readOnlyRootFilesystem": True,
         },
         "volumeMounts": mounts(),
@@ -52,8 +57,7 @@ def container(request: Request, arguments: Sequence[str], environment: Sequence[
 
 
 def probes(request: Request) -> Manifest:
-    """Start: the first rank exports. Life: its last step is not too long ago. Nothing depends on"
-    " readiness."""
+    """Start: the first rank exports. Life: its last step is not too long ago. Nobody asks for readiness."""
     ask = {"exec": {"command": ["mhc-healthcheck"]}}
     start_seconds = int(request.config.train.join_seconds) + 600
     return {

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Any
 
@@ -43,6 +44,8 @@ class Request:
     shared_memory: str
     memory: str
     cpus: int
+    devices: dict[str, int] = field(default_factory=dict)
+    """Further resources of a pod by name, such as ports of InfiniBand."""
 
     def __post_init__(self) -> None:
         sizes, total = self.config.parallel, self.nodes * self.processes_per_node
@@ -93,9 +96,15 @@ def _path(text: str) -> Any:
 
 
 def request(
-    path: str, overrides: list[str], *, gpus_per_node: int, processes_per_node: int | None, **others: Any
+    path: str,
+    overrides: list[str],
+    *,
+    gpus_per_node: int,
+    processes_per_node: int | None,
+    resources: Sequence[str] = (),
+    **others: Any,
 ) -> Request:
-    """A request with its defaults: one process a GPU."""
+    """A request with its defaults: one process a GPU. resources: devices as NAME=COUNT."""
     if gpus_per_node == 0 and processes_per_node is None:
         raise ValueError(
             "--gpus-per-node 0 says that pods compute on CPUs. Say how many processes each runs:"
@@ -110,5 +119,16 @@ def request(
         config=load_config(path, overrides),
         gpus_per_node=gpus_per_node,
         processes_per_node=processes_per_node or gpus_per_node,
+        devices=dict(_device(text) for text in resources),
         **others,
     )
+
+
+def _device(text: str) -> tuple[str, int]:
+    name, _, count = text.partition("=")
+    if not re.fullmatch(r"[a-z0-9.-]+/[A-Za-z0-9._-]+", name) or not re.fullmatch(r"[1-9]\d*", count):
+        raise ValueError(
+            f"--resource {text} is not of the form DOMAIN/NAME=COUNT, such as rdma/ib=8. `kubectl describe"
+            " node` lists what your nodes offer."
+        )
+    return name, int(count)

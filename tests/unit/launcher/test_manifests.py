@@ -132,7 +132,7 @@ def pod_specs(path: Path) -> Iterator[dict[str, Any]]:
 
 @pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: path.name)
 def test_pods_have_what_a_run_needs_and_no_rights(path: Path) -> None:
-    """Oracle: the list in the issue of what a manifest must not lack."""
+    """Oracle: the list of what a manifest must not lack, here."""
     specs = list(pod_specs(path))
     assert specs
     for spec in specs:
@@ -150,6 +150,28 @@ def test_pods_have_what_a_run_needs_and_no_rights(path: Path) -> None:
     assert any("startupProbe" in container for spec in specs for container in spec["containers"])
     kinds = {document["kind"] for document in documents(path)}
     assert {"ConfigMap", "NetworkPolicy", "PodMonitor"} <= kinds
+
+
+@pytest.mark.parametrize("flavor", ["indexed-job", "kubeflow-trainjob", "mpijob"])
+def test_pods_get_the_network_cards_that_are_named(
+    flavor: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Oracle: what Kubernetes' device plugins ask for: a limit by name, and the right to lock memory."""
+    command = ["mhc-dist", "k8s", "render", "configs/paper_3b.yaml", "--nodes", "2", "--gpus-per-node", "8"]
+    options = ["--flavor", flavor, "--resource", "rdma/ib=8", "--set", "data.corpus=/data"]
+    path = tmp_path / "run.yaml"
+    path.write_text(rendered([*command, *options], monkeypatch, capsys))
+    test_every_manifest_is_valid(path)
+    trainers = [
+        container
+        for spec in pod_specs(path)
+        for container in spec["containers"]
+        if "nvidia.com/gpu" in container["resources"]["limits"]
+    ]
+    assert trainers
+    for container in trainers:
+        assert container["resources"]["limits"]["rdma/ib"] == "8"
+        assert container["securityContext"]["capabilities"] == {"drop": ["ALL"], "add": ["IPC_LOCK"]}
 
 
 def test_pods_of_an_indexed_job_find_each_other() -> None:
@@ -175,6 +197,8 @@ def test_pods_of_an_indexed_job_find_each_other() -> None:
         (["--nodes", "3", "--gpus-per-node", "1"], ["make 3", "needs 4", "--nodes"]),
         (["--nodes", "2", "--gpus-per-node", "0"], ["--processes-per-node"]),
         (["--nodes", "2", "--gpus-per-node", "2", "--processes-per-node", "4"], ["GPU of its own"]),
+        (["--nodes", "2", "--gpus-per-node", "2", "--resource", "rdma=8"], ["DOMAIN/NAME=COUNT"]),
+        (["--nodes", "2", "--gpus-per-node", "2", "--resource", "rdma/ib=0"], ["DOMAIN/NAME=COUNT"]),
     ],
 )
 def test_numbers_that_do_not_fit_are_refused(
