@@ -1,7 +1,7 @@
 """How a rank with nothing to do passes the time.
 
-A processor that slept computes slower for a while after it wakes: with ranks that sleep, phases behind a wait
-took a tenth longer on a virtual machine. An accelerator does not doze, so that would count for
+A processor that slept computes slower for a while after it wakes, on some machines and at some times: phases
+behind a wait took up to a tenth longer on a virtual one. An accelerator does not doze, so that would count for
 overlap, which waits less, although no cluster has it. Where every rank has a core of its own, ranks stay
 awake. Where they share cores they sleep, or they would take the processor from those that compute.
 """
@@ -12,6 +12,10 @@ import os
 import select
 import time
 from typing import Protocol
+
+BETWEEN_LOOKS = 2e-5  # seconds
+"""Asking the kernel without pause slows down whoever computes on the next core: behind such waits phases took 3
+to 5 % longer than behind a loop that asks nobody."""
 
 
 class Waiting(Protocol):
@@ -36,12 +40,12 @@ class Awake:
     def sleep(self, seconds: float) -> None:
         end = time.perf_counter() + seconds
         while time.perf_counter() < end:
-            time.sleep(0)  # other threads of the process may run
+            pass
 
     def for_input(self, handle: int, seconds: float) -> None:
         end = time.perf_counter() + seconds
         while not select.select([handle], [], [], 0)[0] and time.perf_counter() < end:
-            pass
+            self.sleep(BETWEEN_LOOKS)
 
 
 def waiting_for(num_ranks: int) -> Waiting:
