@@ -1,6 +1,6 @@
 """How a rank with nothing to do passes the time.
 
-A processor that slept computes slower for a while after it wakes, on some machines and at some times: phases
+A processor that slept computes slower for a while after it wakes, on some machines at some times: phases
 behind a wait took up to a tenth longer on a virtual one. An accelerator does not doze, so that would count for
 overlap, which waits less, although no cluster has it. Where every rank has a core of its own, ranks stay
 awake. Where they share cores they sleep, or they would take the processor from those that compute.
@@ -14,7 +14,7 @@ import time
 from typing import Protocol
 
 BETWEEN_LOOKS = 2e-5  # seconds
-"""Asking the kernel without pause slows down whoever computes on the next core: behind such waits phases took 3
+"""Asking the kernel without pause slows down whoever computes next to it: behind such waits phases took 3
 to 5 % longer than behind a loop that asks nobody."""
 
 
