@@ -33,7 +33,7 @@ from mhc_dist.observe.run_log import Record, RunLog, read_log
 from mhc_dist.observe.stability import StageFigures
 from mhc_dist.observe.stability_log import StabilityLog
 from mhc_dist.observe.step_traces import StepTraces
-from mhc_dist.observe.target_file import announced_target
+from mhc_dist.observe.target_file import announced_target, forget_targets
 from mhc_dist.optim.reduction import Reduction
 from mhc_dist.pipeline.trace import StepPhase, Trace
 from mhc_dist.topology import Topology
@@ -145,6 +145,7 @@ class RunReporter:
                 )
             )
         if self._is_first_rank:
+            forget_targets(self._config.train.output, self._config.train.name, self._config.num_processes)
             self._log = self._open_log(self._first_step)
             self._progress = self._open.enter_context(
                 TrainProgress(self._config.train.steps, self._first_step)

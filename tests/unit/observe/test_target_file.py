@@ -3,7 +3,7 @@
 import json
 from pathlib import Path
 
-from mhc_dist.observe.target_file import announced_target
+from mhc_dist.observe.target_file import announced_target, forget_targets
 
 
 def test_a_target_is_there_while_the_rank_serves(tmp_path: Path) -> None:
@@ -22,3 +22,14 @@ def test_a_killed_run_is_written_over(tmp_path: Path) -> None:
     with announced_target(tmp_path, "tiny", 0, "node2", 1) as path:
         assert path == stale
         assert "node2:1" in path.read_text()
+
+
+def test_ranks_that_a_smaller_start_lacks_are_forgotten(tmp_path: Path) -> None:
+    """Oracle: the files of a run of two ranks, after one of four was killed; those of other runs stay."""
+    folder = tmp_path / ".targets"
+    folder.mkdir()
+    others = {"tiny.1.7.json", "tiny2.9.json", "big.3.json"}
+    for name in {*(f"tiny.{rank}.json" for rank in range(4)), *others}:
+        (folder / name).write_text("[]")
+    forget_targets(tmp_path, "tiny", 2)
+    assert {path.name for path in folder.iterdir()} == {"tiny.0.json", "tiny.1.json", *others}
