@@ -209,18 +209,21 @@ def test_starting_over_a_run_with_checkpoints_is_refused(whole: RunConfig) -> No
     (whole.folder / "failure.json").unlink()
 
 
-def test_a_run_goes_on_without_the_records_that_do_not_fit(tmp_path: Path, corpus: Path) -> None:
+def test_a_run_goes_on_without_the_records_that_do_not_fit(
+    tmp_path: Path, corpus: Path, whole: RunConfig
+) -> None:
     """Oracle: a run that has room. The kernel's limit on the size of a file stands for a full disk."""
     config = guarded_config(tmp_path, corpus, checkpoint={"mode": "none"})
 
     def leave_little_room(rank: int) -> None:
-        # Enough for the summary and for the first steps.
+        # Enough for the summary and for the first steps. The corpus lies in its cache since the whole run.
         resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000))
 
     run = ForkedRun(config, prepare=leave_little_room)
-    # Its own output is no record: it grows beyond the limit where ranks share the file.
     codes = run.wait()
     assert codes == [0, 0], run.output.read_text()
     assert run.output.read_text().count("a record of the run is lost") == 1
     assert summary(config)["steps"] == STEPS
-    assert 0 < len(losses(config)) < STEPS
+    kept = losses(config)
+    assert 0 < len(kept) < STEPS
+    assert kept.items() <= losses(whole).items()

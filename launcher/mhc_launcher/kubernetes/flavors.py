@@ -46,8 +46,8 @@ def _indexed_job(request: Request) -> Manifest:
             "parallelism": request.nodes,
             # A run lives and dies as a whole: one failed pod ends the job, and a new job resumes it.
             "backoffLimit": 0,
-            # A pod that was evicted or whose node was drained is no failure, and is begun again. Others of its
-            # run have ended by then, and that is one: several pods take a new job, or a JobSet.
+            # A pod that was evicted or whose node was drained is no failure, and is begun again. Where others
+            # have ended for want of it, the job has failed: several pods take a new job, or a JobSet.
             "podFailurePolicy": {
                 "rules": [
                     {
