@@ -1,9 +1,9 @@
 """How a rank with nothing to do passes the time.
 
 A processor that slept computes slower for a while after it wakes, on some machines at some times: phases
-behind a wait took up to a tenth longer on a virtual one. An accelerator does not doze, so that would count for
-overlap, which waits less, although no cluster has it. Where every rank has a core of its own, ranks stay
-awake. Where they share cores they sleep, or they would take the processor from those that compute.
+behind a wait took up to a tenth longer on a virtual one. An accelerator does not doze, so that would count as
+gained by overlap, which waits less, although no cluster has it. Where every rank has a core of its own,
+ranks stay awake. Where they share cores they sleep, or they would take the processor from those that compute.
 """
 
 from __future__ import annotations
