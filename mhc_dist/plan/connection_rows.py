@@ -7,13 +7,14 @@ their counted bytes.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TypedDict
 
 from mhc_kernels import formula
 from mhc_kernels.launch.sizes import parameter_splits
 from mhc_kernels.tiles import tiles_for
 
 from mhc_dist.config import RunConfig
-from mhc_dist.config_sections import ResidualConfig, ResidualKind
+from mhc_dist.config_sections import ResidualKind
 from mhc_dist.model.coefficients import num_mixed, num_projected
 from mhc_dist.model.seam_spec import seam_spec
 
@@ -28,7 +29,7 @@ class ConnectionWork:
     recompute: rows moved to bring back what a recomputing block dropped, in a launch for each phase; its
     first sublayer takes recompute_first, where it finishes the sublayer before, or recompute_opened.
     expand, collapse: rows at the model's ends, from one embedded row to all streams, and from those to the
-    head's normalised input.
+    head's normalised input. fused: whether kernels do it, which multiply with tensor cores.
     """
 
     enter: float
@@ -45,6 +46,7 @@ class ConnectionWork:
     expand_backward: float
     collapse: float
     collapse_backward: float
+    fused: bool = True
 
 
 PLAIN = ConnectionWork(
@@ -69,8 +71,17 @@ At the ends, an embedded row is looked up, and the last one normalised.
 """
 
 
+def has_kernels(config: RunConfig) -> bool:
+    """Whether a run's connections are fused kernels. `hc` is plain autograd; `krom` mixes by coefficients
+    that no kernel makes, so torch's operations run it, with a pass over the streams for each.
+    """
+    without = (ResidualKind.HC, ResidualKind.KROM)
+    return config.residual.kind not in without and config.kernels.backend in ("triton", "cpu")
+
+
 def connection_work(config: RunConfig) -> ConnectionWork:
-    """Seam-fused kernels, two passes over the streams; one launch a microbatch. `hc` has none.
+    """Seam-fused kernels, two passes over the streams; one launch a microbatch. Where there are none
+    (`has_kernels`) operation by operation. Backend `cpu` moves what kernels do: its blocks stay in the cache.
 
     `cross` is a whole seam. `enter` and `leave` are its halves at the ends of a chunk: `leave` finishes a
     sublayer (x, y in, x' out; back: g, x, y in, dx, dy out), `enter` prepares the next one without y.
@@ -79,7 +90,7 @@ def connection_work(config: RunConfig) -> ConnectionWork:
     n = config.residual.num_streams
     if config.residual.kind is ResidualKind.RESIDUAL:
         return PLAIN
-    if config.residual.kind is ResidualKind.HC:
+    if not has_kernels(config):
         return unfused_connection_work(config)
     width = config.model.hidden_size
     value_bytes = 2 if config.train.precision == "bf16" else 4
@@ -107,28 +118,43 @@ def connection_work(config: RunConfig) -> ConnectionWork:
         recompute_first=recompute + 2 * n + update,
         recompute_opened=recompute - 1,
         projection=2.0 * n * width * spec.num_coefficients,
-        **_ends(config.residual),
+        **_ends(config),
     )
 
 
-def _ends(residual: ResidualConfig) -> dict[str, float]:
-    """Rows at the model's ends. A learned head reads the streams for their weights and again to sum them;
-    back it does so for the gradients of both, and writes that of the streams.
+class _Ends(TypedDict):
+    expand: float
+    expand_backward: float
+    collapse: float
+    collapse_backward: float
+
+
+def _ends(config: RunConfig) -> _Ends:
+    """Rows at the model's ends. The head makes one row of its streams operation by operation, in fp32
+    (`StreamHead`); the norm after it counts as those of sublayers do, as one pass.
     """
-    n = residual.num_streams
-    learned = residual.reduce == "learned" and n > 1
+    residual, n = config.residual, config.residual.num_streams
+    # Rows of fp32 in rows of the run's format, and a copy from one to the other and back.
+    wide, cast = (2, 3) if config.train.precision == "bf16" else (1, 0)
+    if residual.reduce == "learned" and n > 1:
+        # Squares, their mean, the projection, weighted streams, their sum; and the gradients of all of these.
+        collapse = cast * n + wide * (7 * n + 1) + cast
+        collapse_backward = cast * n + wide * (20 * n + 2) + cast
+    else:
+        collapse = cast * n + wide * (n + 1) + cast
+        collapse_backward = cast * n + wide * (n + 1) + cast
     return {
         "expand": 1 + n,
         "expand_backward": n + 1,
-        "collapse": 2 * n + 1 if learned else n + 1,
-        "collapse_backward": (n + 1) + (2 * n + 1) if learned else n + 2,
+        "collapse": collapse + 2,
+        "collapse_backward": collapse_backward + 3,
     }
 
 
 def unfused_connection_work(config: RunConfig) -> ConnectionWork:
     """The same operation by operation: 5n+1 rows read and 3n+1 written forward (mHC paper, table 2), and the
-    norm's two, which the fused kernels contain. The backward is taken as twice that, as for other
-    element-wise steps; recompute repeats the sum over streams and the norm.
+    norm's two, which the fused kernels contain. The backward is taken as twice that. Products are in fp32.
+    Recompute finishes a sublayer and repeats the sum over streams and the norm.
     """
     residual, n = config.residual, config.residual.num_streams
     if residual.kind is ResidualKind.RESIDUAL:
@@ -145,7 +171,8 @@ def unfused_connection_work(config: RunConfig) -> ConnectionWork:
         leave_backward=forward,
         recompute=3 * n + 2,
         recompute_first=3 * n + 2,
-        recompute_opened=3 * n + 2,
+        recompute_opened=n + 1,
         projection=2.0 * n * config.model.hidden_size * projected,
-        **_ends(residual),
+        fused=False,
+        **_ends(config),
     )

@@ -1,4 +1,4 @@
-"""Cost tables from a run, a layout and a cluster: a roofline per phase, alpha-beta per link. No torch."""
+"""Cost tables from a run, a layout and a cluster: seconds per phase and link. No torch."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from mhc_dist.pipeline.action import CHUNK_INPUT, CHUNK_OUTPUT, PhaseShape
 from mhc_dist.pipeline.cost import CostTable, ExchangeCost, MessageCost, PhaseCost
 from mhc_dist.plan.charge import Charge
 from mhc_dist.plan.cluster import Link
-from mhc_dist.plan.connection_rows import connection_work, unfused_connection_work
+from mhc_dist.plan.connection_rows import ConnectionWork, connection_work, unfused_connection_work
 from mhc_dist.plan.kept import Ends, Kept, KeptModel, Seams, phase_bytes
 from mhc_dist.plan.layout import Layout, Shapes
 from mhc_dist.plan.machine import Machine
@@ -23,6 +23,7 @@ from mhc_dist.plan.work import (
     Work,
     attention_work,
     dense_work,
+    embedding_gradient_bytes,
     experts_work,
     gathering_work,
     head_work,
@@ -113,14 +114,18 @@ class CostModel:
             rows, rows_backward = rows + timed.expand, rows_backward + timed.expand_backward
         if place.is_last and CHUNK_OUTPUT in shape.writes:
             rows, rows_backward = rows + timed.collapse, rows_backward + timed.collapse_backward
-        projection = self._projection_seconds(timed.projection * crossings * tokens, layout)
-        forward_values = tokens * (work.values + rows * width)
-        backward_values = tokens * (2 * work.values + rows_backward * width)
-        matmul = self._matmul_seconds(work.linear * tokens, layout)
-        linear = max(matmul, self._value_seconds(parts.weights))
-        summing = 2 * MAIN_GRADIENT_BYTES * parts.weights / self._memory_rate
+        projection = self._projection_seconds(timed, crossings * tokens, layout)
         scores = self._attention_seconds(work.scores * tokens, layout)
-        forward = linear + scores + self._value_seconds(forward_values) + projection
+        exact = self._matmul_seconds(work.exact * tokens, layout, "fp32")
+        matmul = self._matmul_seconds(work.linear * tokens, layout)
+        matmul += self._value_seconds(work.crossing * tokens)
+        linear = matmul + self._value_seconds(parts.weights)
+        summing = 2 * MAIN_GRADIENT_BYTES * parts.weights / self._memory_rate
+        moving = self._value_seconds(tokens * (work.values + rows * width))
+        moving_back = self._value_seconds(tokens * (work.values_backward + rows_backward * width))
+        if place.is_first and CHUNK_INPUT in shape.reads:
+            moving_back += embedding_gradient_bytes(self.config) / self._memory_rate
+        forward = linear + exact + scores + moving + projection
         held = phase_bytes(
             self._kept,
             shape,
@@ -138,11 +143,9 @@ class CostModel:
             recompute = self._value_seconds(tokens * regenerated * width)
         return PhaseCost(
             forward=forward,
-            input_gradient=linear
-            + SCORES_BACKWARD * scores
-            + self._value_seconds(backward_values)
-            + 2 * projection,
-            weight_gradient=max(matmul, summing) if shape.has_weights else 0.0,
+            # Products in fp32 are autograd's, which puts no half of their backward off.
+            input_gradient=linear + 2 * exact + SCORES_BACKWARD * scores + moving_back + 2 * projection,
+            weight_gradient=matmul + summing if shape.has_weights else 0.0,
             recompute=recompute,
             saved_bytes=round(tokens * held.saved),
             dropped_bytes=round(tokens * held.dropped),
@@ -219,7 +222,10 @@ class CostModel:
         return MessageCost(seconds, held, lane)
 
     def neighbour_link(self, layout: Layout) -> tuple[Link, str]:
-        """The link between neighbouring pipeline ranks, which are `data` ranks apart."""
+        """The slowest link between neighbouring pipeline ranks, which are `data` ranks apart: a full pipeline
+        runs at its pace. In a run that spans nodes some neighbours lie in two of them, and all do unless
+        `data` is half a node or less.
+        """
         if layout.num_devices <= self.cluster.devices_per_node:
             return self.cluster.node_link, "node"
         return self.cluster.network_link, "network"
@@ -228,15 +234,22 @@ class CostModel:
         communicates = layout.expert > 1
         return self.cluster.device.compute_share.value if communicates else 1.0
 
-    def _matmul_seconds(self, operations: float, layout: Layout) -> float:
+    def _matmul_seconds(
+        self, operations: float, layout: Layout, precision: Literal["fp32", "bf16"] | None = None
+    ) -> float:
+        """Of the matrix units alone: what a product reads and writes is charged beside it."""
         device = self.cluster.device
-        rate = self.cluster.matmul_rate(self._precision) * device.matmul_efficiency.value
+        rate = self.cluster.matmul_rate(precision or self._precision) * device.matmul_efficiency.value
         return operations / (rate * self._share(layout))
 
-    def _projection_seconds(self, operations: float, layout: Layout) -> float:
-        """Products with a connection's fp32 weights. fp32 streams are multiplied in fp32."""
-        seconds = self._matmul_seconds(operations, layout)
-        return seconds / TF32_SHARE if self._precision == "bf16" else seconds
+    def _projection_seconds(self, connection: ConnectionWork, num_crossings: int, layout: Layout) -> float:
+        """Products with connections' fp32 weights: kernels multiply bf16 streams in tf32. fp32 streams, and
+        those that torch multiplies, are multiplied in fp32.
+        """
+        operations = connection.projection * num_crossings
+        if connection.fused and self._precision == "bf16":
+            return self._matmul_seconds(operations, layout) / TF32_SHARE
+        return self._matmul_seconds(operations, layout, "fp32")
 
     def _attention_seconds(self, operations: float, layout: Layout) -> float:
         device = self.cluster.device

@@ -31,16 +31,21 @@ ASSUMPTIONS = (
     "routing is balanced: every expert gets the same number of rows",
     "each row travels to every expert it is meant for, also to two on one rank",
     "an exchange or a transfer keeps its lane to itself; node and network lanes are independent",
-    "element-wise steps are fused: each reads its inputs and writes its outputs once",
+    "element-wise steps are fused: each reads its inputs and writes its outputs once, forward and back; the"
+    " loss and the embedding's gradient move what torch's operations move",
     "connections use seam-fused kernels and move what is counted of them: 3n+2 rows of streams forward, 4n+4"
     " backward, n+2 recomputed (3n+2 by a phase's first), per token and sublayer, and coefficients and"
-    " partial sums beside them; hc has no kernels and moves 8n+4 forward, twice that backward",
+    " partial sums beside them; hc and krom, and backends compiled and reference, have no kernels and move"
+    " 8n+4 forward, twice that backward, and multiply in fp32",
     "products with connections' weights take the matrix units' time in tf32, beside the bytes; what else"
     " makes coefficients is done while bytes move",
     "the plain residual adds and normalises in one pass: 4 rows forward, 4 backward",
-    "the first chunk writes all streams once, the last one reads them twice to make one of them",
-    "matrices take as long as their operations or, if that is longer, as reading them and adding to their"
-    " fp32 gradients does",
+    "the first chunk writes all streams once, the last one makes one of them operation by operation, in fp32",
+    "matrices take as long as their operations, at one efficiency for all shapes, and then as long as reading"
+    " and writing does: tokens, weights, fp32 sums of gradients; routers multiply in fp32",
+    "attention works at one width for queries, keys and values, the widest, and moves what is filled up",
+    "a message between pipeline ranks takes what the slowest of their links does: that of the network, if the"
+    " run spans nodes",
     "gradients are reduced and weights gathered after the last weight gradient, not under it; between nodes"
     " every member of a group has a network port of its own",
     "the optimizer's own arithmetic, kernel launches and data loading are not counted",

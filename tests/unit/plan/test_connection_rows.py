@@ -93,3 +93,34 @@ def test_rows_of_plain_hyper_connections() -> None:
     assert (work.cross, work.cross_backward) == (21 + 13 + 2, 72)
     assert work.projection == 2 * 4 * 6 * 2560
     assert work == unfused_connection_work(load_config(CONFIGS / "paper_27b.yaml", ["residual.kind=hc"]))
+
+
+KROM = ("residual.kind=krom", "kernels.backend=compiled")
+
+
+@pytest.mark.parametrize(
+    ("overrides", "columns"),
+    [(KROM, 2 * 4 + 2), (("kernels.backend=compiled",), 24), (("kernels.backend=reference",), 24)],
+)
+def test_rows_of_connections_without_kernels(overrides: tuple[str, ...], columns: int) -> None:
+    """Oracle: by hand, as for `hc`. No kernel makes `krom`'s coefficients: with Triton it is refused. What is
+    recomputed is a sublayer's end (x, y in, x' out) and the next one's sum of streams.
+    """
+    with pytest.raises(ValueError, match="krom has no Triton kernels"):
+        load_config(CONFIGS / "paper_27b.yaml", [KROM[0]])
+    config = load_config(CONFIGS / "paper_27b.yaml", list(overrides))
+    work = connection_work(config)
+    assert (work.enter, work.cross, work.leave, work.cross_backward) == (18, 36, 18, 72)
+    assert (work.recompute_opened, work.recompute_first, work.recompute) == (5, 14, 14)
+    assert work.projection == 2 * 4 * columns * 2560
+    assert not work.fused
+
+
+def test_backends_that_fuse() -> None:
+    """Oracle: the kernels' formula, which Triton's bytes equal; blocks of `cpu` stay in the cache."""
+    triton, cpu = (
+        connection_work(load_config(CONFIGS / "paper_27b.yaml", [f"kernels.backend={backend}"]))
+        for backend in ("triton", "cpu")
+    )
+    assert triton == cpu
+    assert triton.fused
