@@ -134,7 +134,6 @@ def train(
     watch.report_action("opening the corpus", may_take_seconds=OPENING_SECONDS)
     tokens = open_tokens(config.data, default_cache_folder())
     check_vocabulary(tokens, config.model.vocab_size)
-    bigram = Bigram(tokens.train, config.model.vocab_size) if place.rank == 0 else None
     check_agreement(run_facts(programs, tokens.fingerprint))
 
     groups = ProcessGroups.build(
@@ -190,7 +189,10 @@ def train(
             raise RuntimeError(f"while training: {error}") from error
         if ended.code is not ExitCode.OK:
             return ended.code
-        if bigram is not None:
+        if place.rank == 0:
+            # Now, not at the start: a large vocabulary takes a minute, for which every rank would wait.
+            watch.report_action("counting pairs of tokens", may_take_seconds=OPENING_SECONDS)
+            bigram = Bigram(tokens.train, config.model.vocab_size)
             reporter.finish(bigram.loss(*windows.sequences(0, windows.num_sequences)))
     worker.engine.close()
     return ExitCode.OK
