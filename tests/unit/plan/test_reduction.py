@@ -133,6 +133,22 @@ def test_expert_groups_that_straddle_nodes_wait_for_their_loneliest(
     assert dispatch.forward == pytest.approx(latency + seconds * payload)
 
 
+@pytest.mark.parametrize(("kind", "columns"), [("hc", 4 + 2), ("krom", 2 * 4 + 2)])
+def test_connections_without_kernels_multiply_in_fp32(kind: str, columns: int) -> None:
+    """Oracle: by hand. A phase of one expert layer crosses twice: each moves 36 rows where the plain residual
+    moves 4, and multiplies four streams in fp32, for which bf16 runs have no tensor cores.
+    """
+    overrides = (f"residual.kind={kind}", "kernels.backend=compiled")
+    table, plain = (
+        table_of(Layout("1f1b", 2, 1, 1, 4), *overrides, charge=Charge(kernels=kernels))
+        for kernels in (True, False)
+    )
+    row, product = 4096 * 2560 * 2 / (3.35e12 * 0.8), 4096 * 2 * 4 * 2560 * columns / (6.7e13 * 0.745)
+    ours, theirs = (costs.phases[0, "attention.5"] for costs in (table, plain))
+    assert ours.forward - theirs.forward == pytest.approx(2 * ((36 - 4) * row + product))
+    assert ours.input_gradient - theirs.input_gradient == pytest.approx(2 * ((72 - 4) * row + 2 * product))
+
+
 @pytest.mark.parametrize("pipeline", [2, 3, 4, 8, 16])
 @pytest.mark.parametrize("data", [1, 2, 3, 4, 5, 7, 8, 12, 16])
 def test_messages_take_the_slowest_link_between_neighbours(pipeline: int, data: int) -> None:
