@@ -56,13 +56,18 @@ def place_best(
     waits late may take CAUTION longer.
     """
     placement = placement or Placement()
-    safest = place_and_simulate(schedule, chunks, costs, replace(placement, late_counts=True))
+    late, at_once = (replace(placement, late_counts=late) for late in (True, False))
+    safest = place_and_simulate(schedule, chunks, costs, late)
     waiting = max(rank.blocked(ActionKind.WAIT) for rank in safest[1].ranks)
     if costs.jitter is None and waiting <= CAUTION * safest[1].makespan and _fits(safest[1], placement):
         return safest
-    ahead = replace(placement, thorough=True)
+    # A choice among more orders, slot by slot, mostly ends in a faster step, but not always.
     safe, plain = (
-        candidates(schedule, chunks, costs, replace(ahead, late_counts=late)) for late in (True, False)
+        [found, *candidates(schedule, chunks, costs, replace(of, thorough=True))]
+        for of, found in (
+            (late, safest),
+            (at_once, place_and_simulate(schedule, chunks, costs, at_once)),
+        )
     )
     if costs.jitter is not None:
         real = [(program, Simulation(program, costs)) for program, _ in (*safe, *plain)]
