@@ -37,9 +37,15 @@ def causal_attention(q_BHLD: Tensor, k_BHLD: Tensor, v_BHLV: Tensor) -> Tensor:
     """
     qk_dim, value_dim = q_BHLD.shape[-1], v_BHLV.shape[-1]
     width = max(qk_dim, value_dim)
-    q, k, v = (functional.pad(x, (0, width - x.shape[-1])) for x in (q_BHLD, k_BHLD, v_BHLV))
+    q, k, v = (_filled_up(x, width) for x in (q_BHLD, k_BHLD, v_BHLV))
     o = functional.scaled_dot_product_attention(q, k, v, is_causal=True, scale=qk_dim**-0.5)
     return o[..., :value_dim]
+
+
+def _filled_up(x_BHLD: Tensor, width: int) -> Tensor:
+    """With zeros behind; as it is where it is that wide already, which torch's own `pad` would copy."""
+    missing = width - x_BHLD.shape[-1]
+    return functional.pad(x_BHLD, (0, missing)) if missing else x_BHLD
 
 
 class LatentCache:

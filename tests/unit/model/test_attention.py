@@ -6,6 +6,7 @@ import math
 
 import pytest
 import torch
+from torch.nn import functional
 
 from mhc_dist.model.attention import LatentAttention, causal_attention, rotary_angles, rotate
 from mhc_dist.model.initialize import initialize
@@ -63,14 +64,24 @@ def test_latent_attention_equals_the_plain_form() -> None:
         torch.testing.assert_close(results[0][2][name], want, rtol=1e-4, atol=1e-4, msg=name)
 
 
-@pytest.mark.parametrize(("qk_dim", "value_dim"), [(12, 12), (16, 8), (8, 16)])
-def test_padding_changes_nothing(qk_dim: int, value_dim: int) -> None:
-    """Oracle: torch's attention without padding."""
+@pytest.mark.parametrize(("qk_dim", "value_dim", "narrow"), [(12, 12, 0), (16, 8, 1), (8, 16, 2)])
+def test_padding_changes_nothing(
+    qk_dim: int, value_dim: int, narrow: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Oracle: torch's attention without padding; only what is too narrow is copied."""
+    pad, copied = functional.pad, []
+
+    def counted(x: torch.Tensor, missing: tuple[int, int]) -> torch.Tensor:
+        copied.append(x)
+        return pad(x, missing)
+
+    monkeypatch.setattr(functional, "pad", counted)
     torch.manual_seed(0)
     q, k = torch.randn(2, 2, 3, 9, qk_dim)
     v = torch.randn(2, 3, 9, value_dim)
     want = torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True)
     torch.testing.assert_close(causal_attention(q, k, v), want)
+    assert len(copied) == narrow
 
 
 def test_rotation_keeps_length_and_depends_on_distance_only() -> None:
