@@ -190,7 +190,7 @@ def train(
         if ended.code is not ExitCode.OK:
             return ended.code
         if place.rank == 0:
-            # Now, not at the start: a large vocabulary takes a minute, for which every rank would wait.
+            # Now, not at the start, where every rank would wait for it.
             watch.report_action("counting pairs of tokens", may_take_seconds=OPENING_SECONDS)
             bigram = Bigram(tokens.train, config.model.vocab_size)
             reporter.finish(bigram.loss(*windows.sequences(0, windows.num_sequences)))
