@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import resource
+import traceback
 from collections.abc import Callable
 from pathlib import Path
 
@@ -25,7 +26,8 @@ def in_a_child_with_small_files(work: Callable[[], None]) -> None:
         resource.setrlimit(resource.RLIMIT_FSIZE, (LIMIT, LIMIT))
         try:
             work()
-        except BaseException:
+        except BaseException:  # a forked test must not go on as a second pytest
+            traceback.print_exc()
             os._exit(1)
         os._exit(0)
     assert os.waitpid(child, 0)[1] == 0
